@@ -1,0 +1,56 @@
+"""Tensors inside nested tuples, lists and dicts, addressed by path: how block arguments and results are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+Path = tuple[Any, ...]
+Leaf = tuple[Path, Tensor]
+
+
+def leaves(value: Any, path: Path = ()) -> list[Leaf]:
+    """The tensors inside `value` with their paths, in order; only tuples, lists and dicts are looked into."""
+    if isinstance(value, Tensor):
+        return [(path, value)]
+    found: list[Leaf] = []
+    for key, item in _items(value):
+        found += leaves(item, (*path, key))
+    return found
+
+
+def get(value: Any, path: Path) -> Any:
+    """What stands at `path`, or None where `value` does not reach so far."""
+    for key in path:
+        if isinstance(value, Mapping):
+            value = value.get(key)
+        elif isinstance(value, (tuple, list)) and key < len(value):
+            value = value[key]
+        else:
+            return None
+    return value
+
+
+def replace(value: Any, path: Path, new: Any) -> Any:
+    """`value` with `new` at `path`; containers on the way are copied, never written to."""
+    if not path:
+        return new
+    key, rest = path[0], path[1:]
+    if isinstance(value, Mapping):
+        return {**value, key: replace(value.get(key), rest, new)}
+    items = [replace(item, rest, new) if i == key else item for i, item in enumerate(value)]
+    return items if isinstance(value, list) else _tuple_like(value, items)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return list(value.items())
+    if isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    return []
+
+
+def _tuple_like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

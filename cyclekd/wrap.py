@@ -1,0 +1,292 @@
+"""Wrapping a model in place and back: its class becomes a subclass of the same name whose `forward` cycles."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cyclekd.errors import CycleError
+from cyclekd.losses import CycleLoss, base_loss
+from cyclekd.outputs import CycleOutput
+from cyclekd.reentry import Reentry
+from cyclekd.stacks import choose_stack, stack_blocks, stem_modules
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+STATE = "_cyclekd"
+"""The attribute that holds a wrapped model's `Reentry`; a plain object, so it is in no state_dict."""
+
+
+def wrap_multicycle(
+    model: ModuleT,
+    cycles: int = 2,
+    *,
+    inference_cycles: int = 1,
+    stack: str | None = None,
+    example_inputs: Any = None,
+    loss: CycleLoss | None = None,
+) -> ModuleT:
+    """Let `model` send its tokens through its own block stack `cycles` times in training; the same object comes back.
+
+    In training a call returns a `CycleOutput` with the base output and tokens of every cycle (SDPose, CVPR 2024,
+    section 3). In evaluation it returns the base model's own output from one pass, or from the last of
+    `inference_cycles`. `generate()`, `forward_features()` and other ways in always make one pass. Parameters, their
+    names, `state_dict`, `config` and `save_pretrained` stay what they were.
+
+    `stack` is the dotted path of the blocks to cycle, such as "blocks" or "blocks.4:10"; without it `find_stacks`
+    chooses, for which some models need `example_inputs` (a tensor, a tuple of arguments or a dict of keyword
+    arguments). `loss` makes the objective in `CycleOutput.loss` where the base computes a loss itself, as Hugging Face
+    models do when they get labels; the default is `CycleLoss()`.
+
+    Wrap before `accelerator.prepare`, DDP, `torch.compile` and the like. Raises CycleError where a model cannot be
+    cycled.
+    """
+    for name, value in (("cycles", cycles), ("inference_cycles", inference_cycles)):
+        _check_count("wrap_multicycle", name, value)
+    _check_wrappable(model)
+    if loss is not None and not isinstance(loss, CycleLoss):
+        raise CycleError(f"wrap_multicycle(loss={loss!r}): give a CycleLoss, such as CycleLoss({loss!r})")
+    path = choose_stack(model, example_inputs) if stack is None else stack
+    stack_blocks(model, path)  # raises where the path leads nowhere
+    _check_statistics(model)
+    model.__dict__[STATE] = Reentry(path, cycles, inference_cycles, loss or CycleLoss())
+    base: Any = type(model)
+    model.__class__ = _cycling_class(base)
+    sync_hooks(model)
+    return model
+
+
+def unwrap_multicycle(model: ModuleT) -> ModuleT:
+    """Remove every trace of `wrap_multicycle` and return the same object with its own class.
+
+    A `forward` that Accelerate has put on the object in the meantime stays, and runs the base model.
+    """
+    cls: Any = type(model)
+    if "_cyclekd_base" not in vars(cls):
+        raise CycleError(
+            f"{type(model).__name__} is not a wrapped model itself: pass the object that wrap_multicycle returned "
+            "(accelerator.unwrap_model(model), ddp.module, compiled._orig_mod; PEFT: after merge_and_unload(); "
+            "FSDP2: before fully_shard, or load the gathered state_dict into a new model)"
+        )
+    model.__dict__.pop(STATE).remove()
+    model.__class__ = cls._cyclekd_base
+    return model
+
+
+def set_cycles(model: nn.Module, cycles: int | None = None, *, inference_cycles: int | None = None) -> None:
+    """Change the number of cycles between two steps, for schedules; finds the wrapped model inside DDP and the like."""
+    wrapped = find_wrapped(model, "set_cycles")
+    state: Reentry = wrapped.__dict__[STATE]
+    if cycles is not None:
+        _check_count("set_cycles", "cycles", cycles)
+        state.cycles = cycles
+    if inference_cycles is not None:
+        _check_count("set_cycles", "inference_cycles", inference_cycles)
+        state.inference_cycles = inference_cycles
+    sync_hooks(wrapped)
+
+
+def run_cycles(model: nn.Module, *args: Any, cycles: int | None = None, **kwargs: Any) -> CycleOutput:
+    """Every cycle of one call as a `CycleOutput`, in the mode the model is in and with gradients as they are enabled.
+
+    For evaluation per cycle, figures and ablations; `cycles=None` takes the number set for training. Finds the wrapped
+    model inside DDP and the like and calls it directly.
+    """
+    wrapped = find_wrapped(model, "run_cycles")
+    state: Reentry = wrapped.__dict__[STATE]
+    if cycles is not None:
+        _check_count("run_cycles", "cycles", cycles)
+    state.requested = cycles or state.cycles
+    sync_hooks(wrapped)
+    try:
+        output: CycleOutput = wrapped(*args, **kwargs)
+    finally:
+        state.requested = None
+        sync_hooks(wrapped)
+    return output
+
+
+def find_wrapped(model: nn.Module, asked: str) -> nn.Module:
+    """The one wrapped model that `model` is or contains."""
+    found = [module for module in model.modules() if STATE in module.__dict__]
+    if len(found) != 1:
+        raise CycleError(
+            f"{asked}({type(model).__name__}) needs one model wrapped by wrap_multicycle and found {len(found)}: "
+            "call wrap_multicycle(model) first, or pass the wrapped part itself"
+        )
+    return found[0]
+
+
+# -- the subclass ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _cycling_class(base: Any) -> Any:
+    """The subclass of `base` that cycles; one per base, so that copies of a model are of one class."""
+
+    @functools.wraps(base.forward)  # Trainer and generate() read the signature
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state: Reentry | None = self.__dict__.get(STATE)
+        if state is None:  # unwrapped, and reached through a forward that Accelerate kept
+            return base.forward(self, *args, **kwargs)
+        return _forward(self, state, functools.partial(base.forward, self), args, kwargs)
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        base.train(self, mode)
+        sync_hooks(self)
+        return self
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _new_wrapped, (base,), self.__dict__
+
+    members: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce,  # pickle and deepcopy: the class itself stands in no module
+        "_cyclekd_base": base,
+        "forward": forward,
+        "train": train,
+    }
+    if hasattr(base, "generate"):
+        members["generate"] = _single_pass(base.generate)
+    return type(base.__name__, (base,), members)
+
+
+def _new_wrapped(base: Any) -> Any:
+    cls = _cycling_class(base)
+    return cls.__new__(cls)
+
+
+def _single_pass(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def one_pass(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        state: Reentry = self.__dict__[STATE]
+        before, state.single_pass = state.single_pass, True
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            state.single_pass = before
+
+    return one_pass
+
+
+def _forward(
+    model: nn.Module, state: Reentry, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if state.single_pass or state.current is not None:
+        return forward(*args, **kwargs)
+    all_cycles = model.training or state.requested is not None
+    cycles = state.requested or (state.cycles if model.training else state.inference_cycles)
+    if not all_cycles and cycles == 1:
+        return forward(*args, **kwargs)
+    if getattr(model, "_is_replica", False):
+        raise CycleError(
+            f"{type(model).__name__} runs in several threads under nn.DataParallel, which share one set of hooks: use "
+            "DistributedDataParallel (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES to one device"
+        )
+    if not state.installed:  # `training` was set by hand, past train()
+        sync_hooks(model)
+    output = state.run(forward, cycles, args, kwargs)
+    if not all_cycles:
+        return output.outputs[-1]
+    return output._replace(loss=_objective(model, state, output, kwargs))
+
+
+def _objective(model: nn.Module, state: Reentry, output: CycleOutput, kwargs: dict[str, Any]) -> Tensor | None:
+    if base_loss(output.outputs[0]) is None:
+        return None
+    share = _batch_share(model, kwargs)
+    total: Tensor = state.loss(output, kwargs.get("labels"), batch_share=share).total
+    return total
+
+
+def _batch_share(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
+    """The items of this call over those of the whole accumulated batch, where Hugging Face's Trainer passes them.
+
+    The base divides its loss by `num_items_in_batch`, and the Trainer then leaves out its division by the accumulation
+    steps; a mean over this call's tokens has to be scaled to match.
+    """
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    if isinstance(kwargs.get("shift_labels"), Tensor):
+        labels = kwargs["shift_labels"]
+    elif "CausalLM" in str(getattr(model, "loss_type", "")):
+        labels = labels[..., 1:]  # the first label is predicted by nothing, and the Trainer does not count it
+    share: Tensor = labels.ne(-100).sum() / items
+    return share
+
+
+# -- hooks follow the mode ---------------------------------------------------------------------------------------------
+
+
+def sync_hooks(model: nn.Module) -> None:
+    """Hooks stand on the blocks in training or where several cycles were asked for, and nowhere otherwise."""
+    state: Reentry | None = model.__dict__.get(STATE)
+    if state is None:
+        return
+    wanted = model.training or state.inference_cycles > 1 or state.requested is not None
+    if wanted and not state.installed:
+        state.install(stack_blocks(model, state.path), stem_modules(model, state.path), _batch_norms(model))
+    elif not wanted and state.installed:
+        state.remove()
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    batch_norm = torch.nn.modules.batchnorm._BatchNorm
+    return [m for m in model.modules() if isinstance(m, batch_norm) and m.track_running_stats]
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+WRAPPERS = {
+    "DataParallel": "use DistributedDataParallel, and wrap first",
+    "DistributedDataParallel": "wrap first, then DistributedDataParallel(model)",
+    "FullyShardedDataParallel": "wrap first, then FullyShardedDataParallel(model)",
+    "DeepSpeedEngine": "wrap first, then deepspeed.initialize(model=model)",
+    "OptimizedModule": "wrap first, then torch.compile(model)",
+}
+
+
+def _check_count(function: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CycleError(f"{function}({name}={value!r}): {name} is a whole number of at least 1 (1 is the plain model)")
+
+
+def _check_wrappable(model: Any) -> None:
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise CycleError(f"wrap_multicycle wraps a torch.nn.Module and got {name}: pass the model object itself")
+    if name in WRAPPERS:
+        raise CycleError(f"wrap_multicycle got {name}, which hides the model: {WRAPPERS[name]}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CycleError(f"{name} is a TorchScript module, whose forward is fixed: wrap the Python model instead")
+    wrapped = [path or name for path, module in model.named_modules() if STATE in module.__dict__]
+    if wrapped:
+        raise CycleError(
+            f"{name} is wrapped already, at {', '.join(map(repr, wrapped))}: change the cycles with "
+            "set_cycles(model, n), or call unwrap_multicycle on it first"
+        )
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        raise CycleError(f"{name} was compiled by model.compile(): wrap first, then compile")
+    if "forward" in model.__dict__:
+        raise CycleError(
+            f"{name} carries a forward on the object itself, put there by accelerator.prepare, device_map or the "
+            "like; it would hide the cycles. Wrap before accelerator.prepare, or take it off with "
+            "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
+        )
+
+
+def _check_statistics(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.instancenorm._InstanceNorm) and module.track_running_stats:
+            raise CycleError(
+                f"{path!r} ({type(module).__name__}) keeps running statistics, which every cycle would change while "
+                "one cycle is deployed: build it with track_running_stats=False, or use batch norm, where this is "
+                "handled"
+            )
