@@ -1,0 +1,279 @@
+"""What N cycles cost: a training step of a wrapped timm ViT against the same step written by hand, in one run.
+
+    python benchmarks/cost.py                                       # DeiT-Tiny, 2 cycles, on the CPU: about 8 minutes
+    python benchmarks/cost.py --device cuda --batch-size 256 --bf16 # about a minute
+    python benchmarks/cost.py --device cuda --batch-size 256 --bf16 --compile
+
+The ideal is stem + N x stack + N x head with the same loss. Variants take turns within every round, so that a busy
+machine slows all of them alike; a ratio is the median over rounds of paired ratios, with the 95 % bootstrap interval of
+that median. Absolute times mean little elsewhere. FLOPs are counted, not estimated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import random
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from cyclekd import CycleLoss, CycleOutput, wrap_multicycle
+
+RESULTS = Path(__file__).parent / "results"
+TRAINING = ("plain", "ideal", "wrapped", "plain checkpointed", "wrapped checkpointed")
+EVALUATION = ("plain eval", "plain eval again", "wrapped eval")
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.manual_seed(args.seed)
+    steps = {name: make_step(name, args) for name in (*TRAINING, *EVALUATION)}
+    flops = {name: count_flops(name, args) for name in (*TRAINING, *EVALUATION)}
+    seconds = time_in_turns(steps, args)
+    memory = {name: peak_memory(name, args) for name in (*TRAINING, *EVALUATION)}
+    rows = [as_row(name, seconds, flops, memory) for name in (*TRAINING, *EVALUATION)]
+    print_table(rows, args)
+    path = free_path(RESULTS / f"cost-{args.model}-n{args.cycles}-{mode(args)}-torch{torch.__version__}.csv")
+    write_rows(path, rows, provenance(args))
+    print(f"\nwritten to {path}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_tiny_patch16_224", help="any timm VisionTransformer")
+    parser.add_argument("--cycles", type=int, default=2, help="N, at least 2")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per step")
+    parser.add_argument("--rounds", type=int, default=30, help="each times every variant once")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU; with one, other work disturbs least")
+    parser.add_argument("--bf16", action="store_true", help="under bf16 autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) for every variant")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.cycles < 2 or args.batch_size < 1 or args.rounds < 2:
+        parser.error("--cycles and --rounds are at least 2, --batch-size at least 1")
+    torch.set_num_threads(args.threads)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda: no CUDA device is there")
+    if not isinstance(timm.create_model(args.model), timm.models.VisionTransformer):
+        parser.error(f"--model {args.model}: the hand-written loop is one of timm's VisionTransformer")
+    return args
+
+
+# -- the variants ------------------------------------------------------------------------------------------------------
+
+
+class HandWritten(nn.Module):
+    """The ideal: what somebody would write who knows this model and nothing of hooks."""
+
+    def __init__(self, model: nn.Module, cycles: int) -> None:
+        super().__init__()
+        self.model, self.cycles = model, cycles
+
+    def forward(self, images: Tensor) -> CycleOutput:
+        model = self.model
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        outputs, tokens = [], []
+        for _ in range(self.cycles):
+            x = model.blocks(x)
+            tokens.append(x)
+            outputs.append(model.forward_head(model.norm(x)))
+        return CycleOutput(None, tuple(outputs), tuple(tokens))
+
+
+def make_model(name: str, args: argparse.Namespace) -> nn.Module:
+    """The variant's model, all with the same initial weights."""
+    torch.manual_seed(args.seed)
+    model = timm.create_model(args.model).to(args.device)
+    if "checkpointed" in name:
+        model.set_grad_checkpointing(True)
+    if name.startswith("wrapped"):
+        model = wrap_multicycle(model, args.cycles)
+    elif name == "ideal":
+        model = HandWritten(model, args.cycles)
+    return model.eval() if "eval" in name else model.train()
+
+
+def make_step(name: str, args: argparse.Namespace, compiled: bool | None = None) -> Callable[[], None]:
+    """One forward, and in training one backward through the same criterion."""
+    model = make_model(name, args)
+    criterion = CycleLoss(F.cross_entropy)
+    images = torch.randn(args.batch_size, 3, *model_size(args), device=args.device)
+    labels = torch.randint(0, 1000, (args.batch_size,), device=args.device)
+    run = torch.compile(model, fullgraph=True) if (args.compile if compiled is None else compiled) else model
+
+    def train() -> None:
+        model.zero_grad(set_to_none=True)
+        with autocast(args):
+            output = run(images)
+        criterion(output, labels).total.backward()
+
+    def evaluate() -> None:
+        with torch.no_grad(), autocast(args):
+            run(images)
+
+    return evaluate if "eval" in name else train
+
+
+def model_size(args: argparse.Namespace) -> tuple[int, int]:
+    return timm.get_pretrained_cfg(args.model).input_size[1:]
+
+
+def autocast(args: argparse.Namespace) -> AbstractContextManager[object]:
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.bf16 else nullcontext()
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+def count_flops(name: str, args: argparse.Namespace) -> int:
+    """Of one step; with the plain attention kernel, which is counted alike on every device."""
+    step = make_step(name, args, compiled=False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def time_in_turns(steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds per round of every variant, in an order drawn anew for each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order, draw = list(steps), random.Random(args.seed)
+    for name in tqdm(order, desc="warm-up"):
+        for _ in range(3):
+            steps[name]()
+    for _ in tqdm(range(args.rounds), desc="rounds"):
+        draw.shuffle(order)
+        for name in order:
+            synchronize(args)
+            start = time.perf_counter()
+            steps[name]()
+            synchronize(args)
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize(args: argparse.Namespace) -> None:
+    if args.device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_memory(name: str, args: argparse.Namespace) -> float:
+    """MiB that two steps add to what model, gradients and inputs hold: allocated on CUDA, resident on the CPU."""
+    if args.device.startswith("cuda"):
+        step = make_step(name, args)
+        step()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with get_context("spawn").Pool(1) as pool:  # the peak of a process never comes down again
+        return pool.apply(resident_growth, (name, args))
+
+
+def resident_growth(name: str, args: argparse.Namespace) -> float:
+    torch.set_num_threads(args.threads)
+    step = make_step(name, args)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(), step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A paired median with its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def paired_ratio(times: list[float], base: list[float]) -> Ratio:
+    ratios, draw = [t / b for t, b in zip(times, base, strict=True)], random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return Ratio(statistics.median(ratios), medians[50], medians[1949])
+
+
+def as_row(
+    name: str, seconds: dict[str, list[float]], flops: dict[str, int], memory: dict[str, float]
+) -> dict[str, object]:
+    base = "plain eval" if "eval" in name else "plain"
+    ideal = None if "eval" in name else "ideal"
+    return {
+        "variant": name,
+        "milliseconds": f"{1000 * statistics.median(seconds[name]):.2f}",
+        "x plain": paired_ratio(seconds[name], seconds[base]),
+        "x ideal": paired_ratio(seconds[name], seconds[ideal]) if ideal else "",
+        "GFLOPs": f"{flops[name] / 1e9:.6f}",
+        "FLOPs x plain": f"{flops[name] / flops[base]:.4f}",
+        "FLOPs x ideal": f"{flops[name] / flops[ideal]:.6f}" if ideal else "",
+        "peak MiB": f"{memory[name]:.0f}",
+        "peak x plain": f"{memory[name] / memory[base]:.2f}" if memory[base] else "",
+    }
+
+
+def print_table(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
+    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+    print(f"\n{args.model}, {args.cycles} cycles, batch {args.batch_size}, {mode(args)}, {args.rounds} rounds")
+    for row in [{key: key for key in rows[0]}, *rows]:
+        print("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
+
+
+def mode(args: argparse.Namespace) -> str:
+    return "-".join([args.device.split(":")[0], *(["bf16"] * args.bf16), *(["compiled"] * args.compile)])
+
+
+def provenance(args: argparse.Namespace) -> dict[str, str]:
+    cuda = args.device.startswith("cuda")
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "batch size": str(args.batch_size),
+        "rounds": str(args.rounds),
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def write_rows(path: Path, rows: list[dict[str, object]], source: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("x", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *source])
+        writer.writeheader()
+        writer.writerows(row | source for row in rows)
+
+
+def free_path(path: Path) -> Path:
+    """`path`, or the first numbered neighbour that does not exist yet; earlier results stay."""
+    numbered = (path.with_stem(f"{path.stem}-{i}") for i in range(2, 10**6))
+    return path if not path.exists() else next(each for each in numbered if not each.exists())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Re-entry against a block list that is really repeated, with every trait that could make it silently wrong."""
+
+import pytest
+import torch
+from torch import nn
+
+import cyclekd.reentry
+import toys
+from cyclekd import CycleError, run_cycles, wrap_multicycle
+from cyclekd.reentry import DRAWS_BEFORE_REFUSAL
+
+
+def gradients(model, scalar):
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(scalar, list(named.values()), retain_graph=True, allow_unused=True)
+    return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def assert_cycles_match_repeated_blocks(model, x, cycles=3):
+    longer = [toys.repeated(model, times) for times in range(1, cycles + 1)]
+    output = wrap_multicycle(model, cycles, stack="blocks")(x)
+    for times, (found, plain) in enumerate(zip(output.outputs, longer, strict=True), start=1):
+        expected = plain.train()(x)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, msg=f"cycle {times}")
+        assert_same_gradients(gradients(model, found.square().sum()), gradients(plain, expected.square().sum()))
+    first, second = output.outputs[:2]
+    assert (first - second).abs().max() > 1e-3
+    return output
+
+
+@pytest.mark.parametrize(
+    "make",
+    [toys.Toy, toys.InPlaceStem, toys.TwoStreamToy, toys.ResidualToy, toys.BiasToy],
+    ids=lambda make: make.__name__,
+)
+def test_cycles_match_a_model_with_repeated_blocks(make):
+    assert_cycles_match_repeated_blocks(make(), toys.images())
+
+
+def test_blocks_that_write_in_place_match_repeated_blocks_and_keep_their_tokens_apart():
+    model, x = toys.Toy(toys.InPlaceBlock), toys.images()
+    output = assert_cycles_match_repeated_blocks(model, x)
+    assert torch.equal(output.tokens[0], model.forward_features(x))
+    assert (output.tokens[0] - output.tokens[1]).abs().max() > 1e-3
+
+
+def test_skipping_the_handover_makes_every_cycle_the_first(monkeypatch):
+    monkeypatch.setattr(cyclekd.reentry.Handover, "__call__", lambda self, args, kwargs: (args, kwargs))
+    with pytest.raises(AssertionError, match=r"cycle 2"):
+        assert_cycles_match_repeated_blocks(toys.Toy(), toys.images())
+
+
+def test_glue_between_blocks_follows_the_models_own_loop():
+    model = toys.GluedToy()
+    x = toys.images()
+    output = wrap_multicycle(model, 3)(x)
+    tokens = model.stem(x)
+    for found in output.tokens:
+        tokens = model.loop(tokens)  # the hand-written loop: positions never enter block 0, in any cycle
+        torch.testing.assert_close(found, tokens, rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_are_a_tuple_where_blocks_carry_several_tensors():
+    output = wrap_multicycle(toys.TwoStreamToy(), 2, stack="blocks")(toys.images())
+    assert [t.shape for t in output.tokens[1]] == [(2, 5, toys.WIDTH), (2, 2, toys.WIDTH)]
+
+
+def test_a_tensor_that_blocks_hand_through_untouched_is_no_token():
+    output = wrap_multicycle(toys.BiasToy(), 2)(toys.images())
+    assert isinstance(output.tokens[0], torch.Tensor)
+
+
+def test_token_count_may_shrink_through_the_stack():
+    model = toys.PruningToy()
+    output = wrap_multicycle(model, 2, stack="blocks")(toys.images())
+    assert [tokens.shape[1] for tokens in output.tokens] == [3, 3]
+    x = output.tokens[0]
+    for block in model.blocks:
+        x = block(x)
+    torch.testing.assert_close(output.tokens[1], x)
+
+
+def test_a_tail_that_writes_on_the_tokens_is_refused():
+    with pytest.raises(CycleError, match=r"Block's stack wrote in place.*x = x \\+ y"):
+        wrap_multicycle(toys.InPlaceTail(), 2)(toys.images())
+
+
+# -- the stem runs once ------------------------------------------------------------------------------------------------
+
+
+def test_stem_runs_once_and_stack_and_tail_n_times():
+    model = wrap_multicycle(toys.Toy(), 3)
+    calls = {"stem": 0, "blocks": 0, "head": 0}
+    for name, module in [("stem", model.stem), ("blocks", model.blocks[0]), ("head", model.head)]:
+        original = type(module).forward
+        counted = type(type(module).__name__, (type(module),), {})
+
+        def forward(self, *args, name=name, original=original):
+            calls[name] += 1
+            return original(self, *args)
+
+        counted.forward = forward
+        module.__class__ = counted
+    model(toys.images())
+    assert calls == {"stem": 1, "blocks": 3, "head": 3}
+
+
+def test_stem_dropout_is_the_same_in_every_cycle():
+    model = toys.Toy()
+    model.stem = nn.Sequential(model.stem, nn.Dropout(0.5))
+    for block in model.blocks:
+        nn.init.zeros_(block.mix.weight), nn.init.zeros_(block.mix.bias)  # so that tokens are the stem's
+    output = wrap_multicycle(model, 2)(toys.images())
+    torch.testing.assert_close(output.tokens[0], output.tokens[1])
+
+
+def test_nothing_is_remembered_from_one_forward_to_the_next():
+    model = wrap_multicycle(toys.Toy(), 2)
+    model(toys.images())
+    x = torch.zeros(2, 5, 4)
+    torch.testing.assert_close(model(x).outputs[0], toys.repeated(model, 1).eval()(x))
+
+
+# -- running statistics ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frames", ["none", "one", "each"])
+def test_running_statistics_follow_the_first_cycle_alone(frames):
+    class Model(toys.BatchNormToy, toys.CheckpointedToy):
+        forward_features = toys.CheckpointedToy.forward_features
+
+    model = Model()
+    model.frames = frames
+    plain = toys.copy.deepcopy(model)
+    wrap_multicycle(model, 3)(toys.images()).outputs[2].sum().backward()
+    plain(toys.images()).sum().backward()
+    for (name, found), (_, expected) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(found, expected), name
+    assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm1d))
+
+
+def test_batch_norm_arithmetic_in_training_matches_repeated_blocks():
+    assert_cycles_match_repeated_blocks(toys.BatchNormToy(), toys.images())
+
+
+def test_instance_norm_with_running_statistics_is_refused():
+    model = toys.Toy()
+    model.norm = nn.InstanceNorm1d(5, track_running_stats=True)
+    with pytest.raises(CycleError, match=r"'norm' \(InstanceNorm1d\).*track_running_stats=False"):
+        wrap_multicycle(model, 2)
+
+
+# -- LayerDrop ---------------------------------------------------------------------------------------------------------
+
+
+def test_layerdrop_cycles_are_those_of_the_blocks_that_ran():
+    model = toys.LayerDropToy()
+    ran = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    output = wrap_multicycle(model, 2)(toys.images())
+    assert 0 < len(ran) < 6
+    model.rate = 0.0
+    x = model.stem(toys.images())
+    for i in list(ran):
+        x = model.blocks[i](x)
+    torch.testing.assert_close(output.tokens[1], x)
+
+
+def test_a_pass_that_drops_every_block_is_drawn_again():
+    model = wrap_multicycle(toys.LayerDropToy(), 2)
+    for seed in range(40):  # 1 pass in 8 is empty
+        torch.manual_seed(seed)
+        output = model(toys.images())
+        assert not torch.equal(output.tokens[0], output.tokens[1])
+
+
+def test_a_stack_that_the_forward_never_calls_is_refused():
+    model = toys.LayerDropToy()
+    model.rate = 2.0
+    counted = []
+    model.stem.register_forward_hook(lambda *_: counted.append(1))
+    with pytest.raises(CycleError, match=r"no block of the stack 'blocks' was called.*find_stacks"):
+        wrap_multicycle(model, 2)(toys.images())
+    assert len(counted) == DRAWS_BEFORE_REFUSAL
+
+
+# -- what cannot be entered again --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "stack", "message"),
+    [
+        (toys.WideningToy, "blocks", r"leave the stack 'blocks' as \(2, 5, 16\) and enter it as \(2, 5, 8\).*stack="),
+        (toys.FlatteningToy, "blocks", r"leave the stack 'blocks' as \(2, 8\) and enter it as \(2, 5, 8\).*stack="),
+        (toys.WideningToy, "blocks.2", r"no tensor that enters Widening .*2, 5, 8.*2, 5, 16.*stack="),
+        (toys.BoxingToy, "blocks", "BoxingBlock returned Box, in which no tensor was found.*stack="),
+        (toys.SiameseToy, "blocks", "stack 'blocks' is entered more than once.*stack="),
+    ],
+    ids=["width", "rank", "width of one block", "no tensor", "entered twice"],
+)
+def test_refused_with_module_and_way_out(make, stack, message):
+    model = wrap_multicycle(make(), 2, stack=stack)
+    with pytest.raises(CycleError, match=message):
+        model(toys.images())
+
+
+def test_an_argument_that_the_first_block_does_not_get_is_refused():
+    class Model(toys.ResidualToy):
+        def forward_features(self, x):
+            x, residual = self.blocks[0](self.stem(x))
+            for block in self.blocks[1:]:
+                x, residual = block(x, residual)
+            return x + residual
+
+    with pytest.raises(CycleError, match=r"first block of the stack 'blocks' is called without the argument"):
+        wrap_multicycle(Model(), 2, stack="blocks")(toys.images())
+
+
+# -- caches ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_filled_cache_is_refused():
+    cache = toys.Cache()
+    cache.states.append(torch.randn(2, 5, toys.WIDTH))
+    model = wrap_multicycle(toys.CachingToy(), 2)
+    with pytest.raises(CycleError, match=r"past_key_values brings a filled cache \(Cache\).*use_cache=False"):
+        model(toys.images(), past_key_values=cache)
+    with pytest.raises(CycleError, match=r"argument 1 brings a filled cache"):
+        model(toys.images(), cache)
+    with pytest.raises(CycleError, match=r"past_key_values brings a filled cache"):
+        model(toys.images(), past_key_values=((torch.zeros(1), torch.zeros(1)),))
+
+
+def test_an_empty_cache_is_filled_by_the_first_cycle_alone():
+    model = toys.CachingToy()
+    cache = toys.Cache()
+    output = wrap_multicycle(model, 2)(toys.images(), past_key_values=cache)
+    assert len(cache.states) == 1 and torch.equal(cache.states[0], output.tokens[0])
+    torch.testing.assert_close(output.outputs[1], model.forward_head(output.tokens[1]))
+
+
+def test_a_cache_is_no_concern_of_one_cycle():
+    cache = toys.Cache()
+    cache.states.append(torch.randn(2, 5, toys.WIDTH))
+    output = wrap_multicycle(toys.CachingToy(), 1)(toys.images(), past_key_values=cache)
+    assert len(output.outputs) == 1 and len(cache.states) == 2
+
+
+# -- ways in besides forward -------------------------------------------------------------------------------------------
+
+
+def test_other_entry_points_make_one_pass_in_training():
+    model = wrap_multicycle(toys.Toy(), 2)
+    x = toys.images()
+    assert torch.equal(model.forward_features(x), run_cycles(model, x, cycles=1).tokens[0])
+
+
+def test_an_exception_in_the_forward_leaves_the_model_usable():
+    model = wrap_multicycle(toys.Toy(), 2)
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2"):
+        model(torch.randn(2, 5, 7))
+    assert len(model(toys.images()).outputs) == 2

@@ -1,0 +1,352 @@
+"""Models of a few lines, each with one trait that cycling has to get right or refuse."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    """Mixes tokens and features; [B, T, D] in and out."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + torch.tanh(self.mix(y + y.mean(1, keepdim=True)))
+
+
+class Toy(nn.Module):
+    """Stem, three blocks, norm and head: the shape of a ViT. [B, T, 4] -> [B, 3]."""
+
+    def __init__(self, make_block: type[nn.Module] = Block, depth: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, WIDTH)
+        self.blocks = nn.ModuleList([make_block() for _ in range(depth)])
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x).mean(1))
+
+
+def images(batch: int = 2, tokens: int = 5) -> Tensor:
+    return torch.randn(batch, tokens, 4, generator=torch.Generator().manual_seed(1))
+
+
+def repeated(model: Toy, times: int) -> Toy:
+    """The same model with its block list really repeated; every parameter is shared."""
+    longer = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    longer.blocks = nn.ModuleList(list(longer.blocks) * times)
+    return longer
+
+
+class InPlaceBlock(Block):
+    """Writes its result onto its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += super().forward(x.clone())
+        return x
+
+
+class InPlaceStem(Toy):
+    """Adds positions in place onto what its stem module returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 5, WIDTH))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x += self.position
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class InPlaceTail(Toy):
+    """Writes on the tokens after they have left the stack."""
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        x *= 2
+        return super().forward_head(x)
+
+
+class GluedToy(Toy):
+    """Adds positions between its blocks, as TokenPose does; so they never enter block 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 5, WIDTH))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.loop(self.stem(x))
+
+    def loop(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.blocks):
+            x = block(x + self.position if i else x)
+        return x
+
+
+class LayerDropToy(Toy):
+    """Leaves out each block with probability `rate` in training."""
+
+    rate = 0.5
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            if not (self.training and torch.rand(()) < self.rate):
+                x = block(x)
+        return x
+
+
+class BatchNormToy(Toy):
+    """Batch norm in the stem, between the blocks' linear layers and in the tail."""
+
+    def __init__(self) -> None:
+        super().__init__(BatchNormBlock)
+        self.stem = nn.Sequential(nn.Linear(4, WIDTH), TokenBatchNorm())
+        self.norm = TokenBatchNorm()
+
+
+class TokenBatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x.transpose(1, 2)).transpose(1, 2)
+
+
+class BatchNormBlock(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = TokenBatchNorm()
+
+
+class CheckpointedToy(Toy):
+    """Checkpoints all blocks in one frame, or each in a frame of its own, or all within a second frame."""
+
+    frames = "one"
+    use_reentrant = False
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.frames == "each":
+            for block in self.blocks:
+                x = self.checkpointed(block, x)
+            return x
+        if self.frames == "nested":
+            return self.checkpointed(lambda x: self.checkpointed(self.loop, x).tanh(), x)
+        if self.frames == "with stem":
+            return x
+        return self.checkpointed(self.loop, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.frames == "with stem":
+            return self.forward_head(self.checkpointed(lambda x: self.loop(self.stem(x)), x))
+        return super().forward(x)
+
+    def loop(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def checkpointed(self, function, x: Tensor) -> Tensor:
+        if self.frames == "none":
+            return function(x)
+        return checkpoint(function, x, use_reentrant=self.use_reentrant)
+
+
+class PruningToy(Toy):
+    """Keeps at most half of the tokens after its second block, as token pruning does."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        most = (x.shape[1] + 1) // 2
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i == 1:
+                x = x[:, :most]
+        return x
+
+
+class Pair(nn.Module):
+    """Carries two streams that see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = Block(), Block()
+
+    def forward(self, fine: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor]:
+        fine = self.fine(fine + coarse.mean(1, keepdim=True))
+        return fine, self.coarse(coarse + fine.mean(1, keepdim=True))
+
+
+class TwoStreamToy(Toy):
+    def __init__(self) -> None:
+        super().__init__(Pair)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        fine, coarse = self.stem(x), self.stem(x[:, :2])
+        for block in self.blocks:
+            fine, coarse = block(fine, coarse)
+        return torch.cat([fine, coarse], 1)
+
+
+class ResidualBlock(Block):
+    """Hands on its branch and the residual apart from each other; the first block gets no residual."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        residual = x if residual is None else x + residual
+        return torch.tanh(self.mix(self.norm(residual))), residual
+
+
+class ResidualToy(Toy):
+    def __init__(self) -> None:
+        super().__init__(ResidualBlock)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x, residual = self.stem(x), None
+        for block in self.blocks:
+            x, residual = block(x, residual)
+        return x + residual
+
+
+class BiasBlock(Block):
+    """Hands a bias through untouched, as T5 does with its position bias."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        bias = torch.ones(1, 1, WIDTH) if bias is None else bias
+        return super().forward(x + bias), bias
+
+
+class BiasToy(Toy):
+    def __init__(self) -> None:
+        super().__init__(BiasBlock)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x, bias = self.stem(x), None
+        for block in self.blocks:
+            x, bias = block(x, bias)
+        return x
+
+
+class WideningToy(Toy):
+    """Leaves its stack wider than it entered it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[-1] = Widening()
+        self.norm, self.head = nn.LayerNorm(2 * WIDTH), nn.Linear(2 * WIDTH, 3)
+
+
+class Widening(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super().forward(x)] * 2, -1)
+
+
+class FlatteningToy(Toy):
+    """Leaves its stack with one axis less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[-1] = Flattening()
+
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x))
+
+
+class Flattening(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean(1)
+
+
+class Box:
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+class BoxingBlock(Block):
+    """Returns an object in which no tensor can be found."""
+
+    def forward(self, x) -> Box:
+        return Box(super().forward(x.value if isinstance(x, Box) else x))
+
+
+class BoxingToy(Toy):
+    def __init__(self) -> None:
+        super().__init__(BoxingBlock)
+
+    def forward_head(self, x) -> Tensor:
+        return super().forward_head(x.value)
+
+
+class SiameseToy(Toy):
+    """Sends two views through one stack."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x)) + self.forward_head(self.forward_features(-x))
+
+
+class TwinToy(Toy):
+    """Two equal stacks in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.ModuleList([Block() for _ in self.blocks])
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = super().forward_features(x)
+        for block in self.more:
+            x = block(x)
+        return x
+
+
+class Cache:
+    """Counts what it holds, as Hugging Face's caches do."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+
+    def get_seq_length(self) -> int:
+        return sum(state.shape[1] for state in self.states)
+
+
+class CachingToy(Toy):
+    """Attends to what its caller's cache holds, and adds to it."""
+
+    def forward(self, x: Tensor, past_key_values: Cache | None = None) -> Tensor:
+        tokens = self.forward_features(x)
+        if past_key_values is not None:
+            past_key_values.states.append(tokens)
+            tokens = torch.cat(past_key_values.states, 1)
+        return self.forward_head(tokens)
+
+
+class LossToy(Toy):
+    """Computes its own loss when it gets labels, as Hugging Face models do."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = super().forward(x)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
