@@ -100,9 +100,9 @@ def _to(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _images(model: nn.Module) -> Iterator[Arguments]:
-    channels = _first_channels(model)
-    for height, width in _image_sizes(model):
-        yield (torch.zeros(1, channels, height, width),), {}
+    for channels in _image_channels(model):
+        for height, width in _image_sizes(model):
+            yield (torch.zeros(1, channels, height, width),), {}
 
 
 def _image_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
@@ -117,9 +117,9 @@ def _image_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
             yield size[0], size[1]
 
 
-def _first_channels(model: nn.Module) -> int:
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return first.in_channels if first is not None else int(getattr(model, "in_chans", 3))
+def _image_channels(model: nn.Module) -> list[int]:
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    return list(dict.fromkeys((first, 3)))  # the first convolution listed is mostly, not always, the first called
 
 
 # -- Hugging Face models -----------------------------------------------------------------------------------------------

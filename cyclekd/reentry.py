@@ -7,7 +7,6 @@ first-pass output again instead of being run again.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,13 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from cyclekd.caches import calls_with_own_caches
 from cyclekd.checkpointing import Frame, enclosing_frame, in_backward
 from cyclekd.errors import CycleError
 from cyclekd.outputs import CycleOutput
-from cyclekd.structure import Leaf, Path, get, leaves, replace
-
-Slot = tuple[Path, Path]
-"""Where a carried tensor enters a block, as a path into (args, kwargs), and where it leaves one, into the result."""
+from cyclekd.slots import Handover, Slot, depends_on, gradient_nodes, slots_by_identity, slots_by_shape
+from cyclekd.stem import StemCall, versions
+from cyclekd.structure import copied, get, leaves
 
 TRACKS = "track_running_stats"
 
@@ -43,6 +42,25 @@ class Pass:
     last: Any = None  # result of the last block call
     versions: list[int] = field(default_factory=list)  # of the tensors in `last`, when they left
     pending: tuple[Slot, ...] = ()  # slots seen at the block call that is running
+    glued: bool = False  # something happens to the tokens between two blocks
+    look: Look | None = None  # in the pass that looks between the blocks
+
+
+@dataclass
+class Look:
+    """What entered the stack, as part of the autograd graph."""
+
+    sources: set[Any] = field(default_factory=set)
+    frozen: list[Tensor] = field(default_factory=list)  # had no gradient, and shall have none afterwards
+
+    def at(self, entry: list[Any]) -> None:
+        tokens = [each for each in entry if isinstance(each, Tensor) and each.is_floating_point()]
+        self.frozen = [each.requires_grad_() for each in tokens if not each.requires_grad]
+        self.sources = gradient_nodes(tokens)
+
+    def end(self) -> None:
+        for tokens in self.frozen:
+            tokens.requires_grad_(False)
 
 
 @dataclass
@@ -72,6 +90,7 @@ class Reentry:
         self.handles: list[Any] = []
         self.stem: list[StemCall] = []
         self.remembers_stem = False
+        self.glue_is_known = False  # what stands between the blocks was looked at, and lets nothing pass them by
         self.current: Pass | None = None
         self.frames: WeakKeyDictionary[Any, FrameRecord] = WeakKeyDictionary()
 
@@ -110,15 +129,17 @@ class Reentry:
 
     def run(self, forward: Callable[..., Any], cycles: int, args: Any, kwargs: Any) -> CycleOutput:
         """All cycles of one call, without the objective."""
-        calls = _calls_with_own_caches(args, kwargs, cycles)
+        calls = calls_with_own_caches(args, kwargs, cycles)
         outputs, tokens = [], []
         slots: tuple[Slot, ...] = ()
         carried: tuple[Tensor, ...] = ()
         self.remembers_stem = cycles > 1
         try:
-            for cycle, (pass_args, pass_kwargs) in enumerate(calls):
+            for cycle, (pass_args, pass_kwargs) in enumerate(calls[:cycles]):
                 output, done = self.run_pass(forward, cycle, slots, carried, pass_args, pass_kwargs)
-                slots = done.slots or _slots_by_shape(done)
+                slots = done.slots or slots_by_shape(done.entry, done.last)
+                if done.glued and cycles > 1 and not self.glue_is_known:
+                    self._look_between_blocks(forward, slots, *calls[cycles])
                 carried = _leaving(done, slots)
                 outputs.append(output)
                 tokens.append(carried[0] if len(carried) == 1 else carried)
@@ -151,7 +172,8 @@ class Reentry:
                 return output, done
         raise CycleError(
             f"no block of the stack {self.path!r} was called by the forward: it is not the stack that these inputs "
-            "use, or its LayerDrop leaves out every block. Choose another with stack=..., find_stacks(model) lists them"
+            "use, is called past its hooks (block.forward), or LayerDrop leaves out every block. Choose another with "
+            "stack=..., find_stacks(model) lists them"
         )
 
     def before_block(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
@@ -171,6 +193,8 @@ class Reentry:
             self._follow(run, block, args, kwargs)
             return None
         run.first_block, run.entry = block, (args, kwargs)
+        if run.look is not None:
+            run.look.at([get(run.entry, entry) for entry, _ in run.slots])
         if not run.carried:
             return None
         handover = Handover(self.path, run.slots, run.carried)
@@ -183,7 +207,7 @@ class Reentry:
         run = self.current
         if run is None:
             return
-        run.last, run.versions = output, _versions(output)
+        run.last, run.versions = output, versions(output)
         if run.pending and not run.slots:
             # A tensor that the block hands through untouched (T5's position bias) is no token. Blocks that write in
             # place return their input too; then nothing is left over and all of it is carried.
@@ -191,11 +215,11 @@ class Reentry:
             run.slots = tuple(moved) or run.pending
         if torch.compiler.is_compiling():
             # Versions cannot be compared in a compiled graph; copies that nothing overwrites cost nothing there.
-            run.last = _copied(output)
+            run.last = copied(output)
 
     def _follow(self, run: Pass, block: nn.Module, args: Any, kwargs: Any) -> None:
         """A block call after the first: learn which tensors are handed on, refuse a second way into the stack."""
-        handed_on = _slots_by_identity(run.last, (args, kwargs))
+        handed_on = slots_by_identity(run.last, (args, kwargs))
         if block is run.first_block and not handed_on:
             raise CycleError(
                 f"the stack {self.path!r} is entered more than once in one forward, so that it is not defined which "
@@ -203,6 +227,37 @@ class Reentry:
                 "another stack=..."
             )
         run.pending = handed_on if not run.slots else ()
+        if handed_on:
+            return
+        run.glued = True
+        if run.look is not None and depends_on((args, kwargs), run.look.sources, past=gradient_nodes(run.last)):
+            raise CycleError(
+                f"what enters the stack {self.path!r} reaches its later blocks past the first {type(block).__name__} "
+                "(as in x = x + block(x)), so that a cycle would only replace a part of it: put the residual inside "
+                "the block, and list whole blocks"
+            )
+
+    def _look_between_blocks(
+        self, forward: Callable[..., Any], slots: tuple[Slot, ...], args: Any, kwargs: Any
+    ) -> None:
+        """Once per model: a pass of its own, with gradients, that raises where tokens pass the blocks by."""
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            raise CycleError(
+                f"something happens to the tokens between the blocks of {self.path!r}, which has to be looked at once "
+                "outside torch.compile and torch.inference_mode: call the model once on a batch before that"
+            )
+        devices = {tensor.device for _, tensor in leaves((args, kwargs)) if tensor.is_cuda}
+        remembered, self.remembers_stem = self.remembers_stem, False
+        # Cycle 1 has updated the running statistics, this pass does not: so it counts as a later one.
+        look = Look()
+        self.current = looking = Pass(cycle=1, slots=slots, look=look)
+        try:
+            with torch.enable_grad(), torch.random.fork_rng(devices):
+                forward(*args, **kwargs)
+        finally:
+            look.end()
+            self.current, self.remembers_stem = None, remembered
+        self.glue_is_known = looking.glued
 
     # -- inside activation checkpoints ---------------------------------------------------------------------------------
 
@@ -249,107 +304,13 @@ class Reentry:
         setattr(norm, TRACKS, True)
 
 
-class Handover:
-    """Puts the carried tokens where the stem's would enter the first block."""
-
-    def __init__(self, path: str, slots: tuple[Slot, ...], carried: tuple[Tensor, ...]) -> None:
-        self.path, self.slots, self.carried = path, slots, carried
-
-    def __call__(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        inputs: tuple[Any, Any] = (args, kwargs)
-        for (entry, _), tokens in zip(self.slots, self.carried, strict=True):
-            replaced = get(inputs, entry)
-            if isinstance(replaced, Tensor) and not _fits(tokens, replaced):
-                raise CycleError(
-                    f"the tokens leave the stack {self.path!r} as {tuple(tokens.shape)} and enter it as "
-                    f"{tuple(replaced.shape)}: cycling needs one rank and one feature width (fewer tokens are fine). "
-                    'Choose a part of it, as in stack="blocks.4:10"; find_stacks(model) lists what fits'
-                )
-            # A copy, because a block may write on its input and the loss still needs these tokens.
-            inputs = replace(inputs, entry, tokens.clone())
-            if get(inputs, entry) is None:
-                raise CycleError(
-                    f"the first block of the stack {self.path!r} is called without the argument at {entry} by which "
-                    "later blocks receive carried tokens: pass it to every block in the same way"
-                )
-        return inputs
-
-
-class StemCall:
-    """Stands as `forward` on a module before the stack: runs it in the first pass, returns the same output later.
-
-    Saves the stem's cost, keeps its BatchNorm from being updated N times, and its dropout the same in every cycle, as
-    in a model whose block list is longer.
-    """
-
-    def __init__(self, reentry: Reentry, module: nn.Module) -> None:
-        self.reentry, self.module = reentry, module
-        self.kept: list[Kept] = []
-        self.calls = 0  # in the pass that is running
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = self.reentry.current
-        # Inside a checkpoint the recomputation would miss what a remembered output saved itself from computing.
-        if run is None or run.first_block is not None or not self.reentry.remembers_stem or enclosing_frame():
-            return self.run(args, kwargs)
-        call, self.calls = self.calls, self.calls + 1
-        if run.cycle > 0 and call < len(self.kept) and self.kept[call].usable():
-            return self.kept[call].output()
-        output = self.run(args, kwargs)
-        if run.cycle == 0:
-            # LayerDrop may have the first pass drawn again: what the last draw returned counts.
-            self.kept[call:] = [Kept(output)]
-        return output
-
-    def run(self, args: Any, kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
-
-
-class Kept:
-    """A stem output to give again, unless it holds more than tensors or was written on since."""
-
-    def __init__(self, output: Any) -> None:
-        # In a compiled graph versions cannot be compared, and copies that nothing overwrites cost nothing.
-        self.value = _copied(output) if torch.compiler.is_compiling() else output
-        self.versions = _versions(output)
-
-    def usable(self) -> bool:
-        return _only_tensors(self.value) and (torch.compiler.is_compiling() or self.versions == _versions(self.value))
-
-    def output(self) -> Any:
-        return _copied(self.value) if torch.compiler.is_compiling() else self.value
-
-
-def _slots_by_identity(result: Any, inputs: Any) -> tuple[Slot, ...]:
-    """Tensors of one block's result that are, as the same objects, inputs of the next block."""
-    left = leaves(result)
-    slots = []
-    for entry, tensor in leaves(inputs):
-        for exit_, handed in left:
-            if handed is tensor:
-                slots.append((entry, exit_))
-                break
-    return tuple(slots)
-
-
-def _slots_by_shape(run: Pass) -> tuple[Slot, ...]:
-    """Where something happens to the tokens between the blocks: the leading tensors that agree in order and shape."""
-    slots: list[Slot] = []
-    for (entry, before), (exit_, after) in zip(_floating(run.entry), _floating(run.last), strict=False):
-        # Only the first may leave with fewer tokens: a mask or an attention map behind it must not pass for tokens.
-        if before.shape != after.shape and (slots or not _fits(after, before)):
-            break
-        slots.append((entry, exit_))
-    return tuple(slots)
-
-
 def _leaving(run: Pass, slots: tuple[Slot, ...]) -> tuple[Tensor, ...]:
     """The carried tensors as they left the stack, one for each slot."""
     found = [get(run.last, exit_) for _, exit_ in slots]
     tokens = tuple(each for each in found if isinstance(each, Tensor))
     if not slots or len(tokens) != len(found):
         raise CycleError(_no_tokens(run))
-    if run.versions != _versions(run.last):
+    if run.versions != versions(run.last):
         raise CycleError(
             f"something after {type(run.first_block).__name__}'s stack wrote in place on the tokens that left it, so "
             "that they are no longer what the next cycle starts from: write x = x + y there instead of x += y"
@@ -371,72 +332,3 @@ def _no_tokens(run: Pass) -> str:
         f'({left}), so it cannot be entered again: choose a part that keeps them, as in stack="blocks.4:10"; '
         "find_stacks(model) lists what fits"
     )
-
-
-def _fits(tokens: Tensor, replaced: Tensor) -> bool:
-    """One rank, one kind of number and one feature width, which stands last or, in [B, C, H, W], second."""
-    if tokens.ndim != replaced.ndim or tokens.is_floating_point() != replaced.is_floating_point():
-        return False
-    width_last = tokens.shape[-1] == replaced.shape[-1]
-    return width_last or (tokens.ndim == 4 and tokens.shape[1] == replaced.shape[1])
-
-
-def _floating(value: Any) -> list[Leaf]:
-    return [(path, tensor) for path, tensor in leaves(value) if tensor.is_floating_point()]
-
-
-def _versions(value: Any) -> list[int]:
-    if torch.compiler.is_compiling():
-        return []
-    return [0 if tensor.is_inference() else tensor._version for _, tensor in leaves(value)]
-
-
-def _copied(value: Any) -> Any:
-    for path, tensor in leaves(value):
-        value = replace(value, path, tensor.clone())
-    return value
-
-
-def _only_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_only_tensors(item) for item in value.values())
-    if isinstance(value, (tuple, list)):
-        return all(_only_tensors(item) for item in value)
-    return value is None or isinstance(value, (Tensor, int, float, str))
-
-
-def _calls_with_own_caches(args: Any, kwargs: Any, cycles: int) -> list[tuple[Any, Any]]:
-    """The arguments of every pass: an empty cache is copied for each, a filled one refused."""
-    named = [*((f"argument {i}", arg) for i, arg in enumerate(args)), *kwargs.items()]
-    caches = [(name, value) for name, value in named if _is_cache(name, value)]
-    if cycles == 1 or not caches:
-        return [(args, kwargs)] * cycles
-    for name, cache in caches:
-        if _is_filled(cache):
-            raise CycleError(
-                f"{name} brings a filled cache ({type(cache).__name__}) into {cycles} cycles: the second would "
-                "attend to keys of the first. Leave it out and pass use_cache=False; generate() makes one pass in "
-                "every mode and takes caches as ever"
-            )
-    empty = {id(cache): cache for _, cache in caches}
-    return [(args, kwargs), *(_with_copies(args, kwargs, empty) for _ in range(cycles - 1))]
-
-
-def _with_copies(args: Any, kwargs: Any, caches: dict[int, Any]) -> tuple[Any, Any]:
-    def own(value: Any) -> Any:
-        return copy.deepcopy(value) if id(value) in caches else value
-
-    return tuple(own(arg) for arg in args), {name: own(value) for name, value in kwargs.items()}
-
-
-CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "past_buckets_states")
-
-
-def _is_cache(name: str, value: Any) -> bool:
-    return value is not None and (name in CACHE_NAMES or hasattr(value, "get_seq_length"))
-
-
-def _is_filled(cache: Any) -> bool:
-    if hasattr(cache, "get_seq_length"):
-        return bool(cache.get_seq_length() > 0)
-    return not isinstance(cache, (tuple, list)) or len(cache) > 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ from cyclekd.probe import Call, input_candidates, record_calls
 
 HEAVY = 0.25
 """A list of blocks with this share of the largest one's parameters leaves the choice to a forward."""
+
+
+SLIGHT = 0.02
+"""A best candidate below this share of the parameters is hardly what was meant, and has to be named to be cycled."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,8 @@ def choose_stack(model: nn.Module, example_inputs: Any = None) -> str:
     if not found:
         raise CycleError(
             f"found no stack in {name}: cycling needs at least two block calls in a row that hand on tokens of one "
-            "shape. Where there is one, name it: wrap_multicycle(model, stack=...)"
+            "shape; lists that take turns (attentions[i], ffns[i]) are none. Where there is one, name it: "
+            "wrap_multicycle(model, stack=...)"
         )
     best = found[0]
     equals = [s for s in found if _rank(s) >= 0.999 * _rank(best)]
@@ -89,6 +95,11 @@ def choose_stack(model: nn.Module, example_inputs: Any = None) -> str:
         raise CycleError(
             f"found {len(equals)} equal stacks in {name}: {', '.join(f'{s.path} ({s.blocks})' for s in equals)}. "
             f'Choose one: wrap_multicycle(model, stack="{best.path}")'
+        )
+    if best.share < SLIGHT:
+        raise CycleError(
+            f"the largest stack found in {name}, {best.path}, holds {best.share:.1%} of the parameters, so cycling it "
+            f'would do little. If it is meant, name it: wrap_multicycle(model, stack="{best.path}")'
         )
     return best.path
 
@@ -179,7 +190,17 @@ def _listed_stacks(model: nn.Module) -> Stacks:
 def _is_alone(model: nn.Module, stack: Stack) -> bool:
     own = _parameters(stack_blocks(model, stack.path))
     others = [_parameters(blocks) for path, blocks in _containers(model) if path != stack.path]
-    return all(other < HEAVY * own for other in others)
+    return (
+        all(other < HEAVY * own for other in others) and stack.share >= SLIGHT and not _lists_beside(model, stack.path)
+    )
+
+
+def _lists_beside(model: nn.Module, path: str) -> list[set[nn.Module]]:
+    """Lists of the same owner and length, which may take turns with the one at `path`."""
+    owner, _, name = path.rpartition(".")
+    siblings = [block_list(child) for n, child in model.get_submodule(owner).named_children() if n != name]
+    length = len(block_list(model.get_submodule(path)))
+    return [set(blocks) for blocks in siblings if len(blocks) == length and _parameters(blocks)]
 
 
 def _likeness(block: nn.Module) -> tuple[Any, ...]:
@@ -225,7 +246,7 @@ def _called_stacks(model: nn.Module, calls: list[Call]) -> Stacks:
     found: list[Stack] = []
     for path, module in model.named_modules():
         blocks = block_list(module)
-        if path and blocks:
+        if path and blocks and not _takes_turns(model, path, blocks, calls):
             found += _runs(path, blocks, calls, total)
     ranked = _best_first(found)
     return Stacks(s for i, s in enumerate(ranked) if not any(_within(model, s, better) for better in ranked[:i]))
@@ -242,6 +263,18 @@ def _runs(path: str, blocks: list[nn.Module], calls: list[Call], total: int) -> 
         if len(run) > 1:
             yield _as_stack(path, blocks, run, position, total)
         run = [call] if call is not None and call.shape is not None else []
+
+
+def _takes_turns(model: nn.Module, path: str, blocks: list[nn.Module], calls: list[Call]) -> bool:
+    """Whether a list beside this one is called in every gap between its calls (XLM's attentions[i] and ffns[i]).
+
+    Such blocks are parts of a larger one that nobody wrote down, and what bypasses them would not be carried.
+    """
+    own = [call for call in calls if call.module in set(blocks)]
+    return any(
+        all(any(c.module in beside and a.end < c.start < b.start for c in calls) for a, b in pairwise(own))
+        for beside in (_lists_beside(model, path) if len(own) > 1 else [])
+    )
 
 
 def _continues(before: Call, call: Call, position: dict[nn.Module, int]) -> bool:
@@ -267,7 +300,7 @@ def _within(model: nn.Module, stack: Stack, better: Stack) -> bool:
 
 
 def _best_first(stacks: list[Stack]) -> Stacks:
-    return Stacks(sorted(stacks, key=_rank, reverse=True))
+    return Stacks(sorted(stacks, key=lambda s: (_rank(s), ":" not in s.path), reverse=True))
 
 
 def _rank(stack: Stack) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -39,9 +40,19 @@ def replace(value: Any, path: Path, new: Any) -> Any:
         return new
     key, rest = path[0], path[1:]
     if isinstance(value, Mapping):
-        return {**value, key: replace(value.get(key), rest, new)}
-    items = [replace(item, rest, new) if i == key else item for i, item in enumerate(value)]
-    return items if isinstance(value, list) else _tuple_like(value, items)
+        items = {**value, key: replace(value.get(key), rest, new)}
+        return type(value)(**items) if is_dataclass(value) else items  # Hugging Face's outputs are both
+    row = [replace(item, rest, new) if i == key else item for i, item in enumerate(value)]
+    if isinstance(value, list):
+        return row
+    return type(value)(*row) if hasattr(value, "_fields") else tuple(row)
+
+
+def copied(value: Any) -> Any:
+    """`value` with a copy of every tensor in it."""
+    for path, tensor in leaves(value):
+        value = replace(value, path, tensor.clone())
+    return value
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:
@@ -50,7 +61,3 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
     if isinstance(value, (tuple, list)):
         return list(enumerate(value))
     return []
-
-
-def _tuple_like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
-    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)

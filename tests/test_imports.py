@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "cyclekd"
 
 LAYERS = [
     {"errors", "structure", "checkpointing", "_version"},
-    {"outputs", "probe"},
+    {"outputs", "probe", "caches", "slots", "stem"},
     {"stacks", "reentry", "losses"},
     {"wrap"},
     {"report"},
@@ -23,9 +23,13 @@ STANDARD_OR_TORCH = {*sys.stdlib_module_names, "torch", "cyclekd"}
 
 
 def imported(path):
-    """Top-level names, and modules of the package, that a file imports anywhere in it."""
+    """Names that a file imports anywhere in it, other than for its types alone."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    tree = ast.parse(path.read_text())
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

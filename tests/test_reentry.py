@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import cyclekd.reentry
+import cyclekd.slots
 import toys
 from cyclekd import CycleError, run_cycles, wrap_multicycle
 from cyclekd.reentry import DRAWS_BEFORE_REFUSAL
@@ -51,7 +51,7 @@ def test_blocks_that_write_in_place_match_repeated_blocks_and_keep_their_tokens_
 
 
 def test_skipping_the_handover_makes_every_cycle_the_first(monkeypatch):
-    monkeypatch.setattr(cyclekd.reentry.Handover, "__call__", lambda self, args, kwargs: (args, kwargs))
+    monkeypatch.setattr(cyclekd.slots.Handover, "__call__", lambda self, args, kwargs: (args, kwargs))
     with pytest.raises(AssertionError, match=r"cycle 2"):
         assert_cycles_match_repeated_blocks(toys.Toy(), toys.images())
 
@@ -64,6 +64,42 @@ def test_glue_between_blocks_follows_the_models_own_loop():
     for found in output.tokens:
         tokens = model.loop(tokens)  # the hand-written loop: positions never enter block 0, in any cycle
         torch.testing.assert_close(found, tokens, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["plain", "in place", "pairs"])
+@pytest.mark.parametrize("mode", ["training", "frozen stem", "evaluation"])
+def test_a_residual_that_passes_the_blocks_by_is_refused(way, mode):
+    model = toys.OuterResidualToy(depth=4)
+    model.way = way
+    model.stem.requires_grad_(mode != "frozen stem")
+    wrap_multicycle(model, 2, inference_cycles=2).train(mode != "evaluation")
+    with pytest.raises(CycleError, match=r"enters the stack 'blocks' reaches.*past the first Block.*residual inside"):
+        with torch.set_grad_enabled(mode != "evaluation"):
+            model(toys.images())
+
+
+def test_looking_between_the_blocks_happens_once_and_changes_nothing():
+    model, calls = toys.GluedToy(), []
+    model.norm.register_forward_hook(lambda *_: calls.append(1))
+    wrap_multicycle(model, 2)
+    state = torch.get_rng_state()
+    for expected in (3, 5):
+        x = toys.images()
+        model(x)
+        assert len(calls) == expected and not x.requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_stands_between_blocks_has_to_be_seen_outside_inference_mode_first():
+    model = wrap_multicycle(toys.GluedToy(), 2, inference_cycles=2).eval()
+    with (
+        torch.inference_mode(),
+        pytest.raises(CycleError, match=r"between the blocks of 'blocks'.*call the model once"),
+    ):
+        model(toys.images())
+    model(toys.images())
+    with torch.inference_mode():
+        model(toys.images())
 
 
 def test_tokens_are_a_tuple_where_blocks_carry_several_tensors():
@@ -87,7 +123,7 @@ def test_token_count_may_shrink_through_the_stack():
 
 
 def test_a_tail_that_writes_on_the_tokens_is_refused():
-    with pytest.raises(CycleError, match=r"Block's stack wrote in place.*x = x \\+ y"):
+    with pytest.raises(CycleError, match=r"Block's stack wrote in place.*x = x \+ y"):
         wrap_multicycle(toys.InPlaceTail(), 2)(toys.images())
 
 

@@ -156,3 +156,31 @@ def test_on_the_meta_device_an_unclear_stack_has_to_be_named():
 def test_an_error_of_the_callers_own_inputs_is_not_hidden():
     with pytest.raises(RuntimeError, match=r"mat1 and mat2"):
         wrap_multicycle(toys.TwinToy(), 2, example_inputs=torch.zeros(2, 5, 7))
+
+
+def test_lists_that_take_turns_are_no_stack():
+    class TakingTurns(toys.Toy):
+        def __init__(self):
+            super().__init__()
+            self.mixers = nn.ModuleList([nn.Linear(8, 8) for _ in self.blocks])
+
+        def forward_features(self, x):
+            x = self.stem(x)
+            for mixer, block in zip(self.mixers, self.blocks, strict=True):
+                x = x + mixer(x)
+                x = x + block(x)  # the residual passes by the block and would not be carried
+            return x
+
+    assert find_stacks(TakingTurns(), toys.images()) == []
+    with pytest.raises(CycleError, match=r"found no stack in TakingTurns.*take turns"):
+        wrap_multicycle(TakingTurns(), 2, example_inputs=toys.images())
+    with pytest.raises(CycleError, match=r"TakingTurns does not show which.*example_inputs"):
+        wrap_multicycle(TakingTurns(), 2)
+
+
+def test_a_stack_of_next_to_no_parameters_has_to_be_named():
+    model = toys.Toy()
+    model.table = nn.Embedding(10_000, 8)
+    with pytest.raises(CycleError, match=r"largest stack found in Toy, blocks, holds 0\.\d%.*stack=\"blocks\""):
+        wrap_multicycle(model, 2, example_inputs=toys.images())
+    assert len(wrap_multicycle(model, 2, stack="blocks")(toys.images()).outputs) == 2

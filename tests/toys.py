@@ -105,6 +105,25 @@ class GluedToy(Toy):
         return x
 
 
+class OuterResidualToy(Toy):
+    """Adds each block's input to its output outside of the block; `way` names how."""
+
+    way = "plain"
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for i, block in enumerate(self.blocks):
+            if self.way == "plain":
+                x = x + block(x)
+            elif self.way == "in place":
+                x += block(x.clone())
+            elif i % 2 == 0:  # "pairs": attention and MLP are blocks of their own, with one residual around both
+                y = block(x)
+            else:
+                x = x + block(y)
+        return x
+
+
 class LayerDropToy(Toy):
     """Leaves out each block with probability `rate` in training."""
 

@@ -1,0 +1,97 @@
+"""Where the carried tensors enter and leave the blocks, and how they are put in place of the stem's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from cyclekd.errors import CycleError
+from cyclekd.structure import Leaf, Path, get, leaves, replace
+
+Slot = tuple[Path, Path]
+"""Where a carried tensor enters a block, as a path into (args, kwargs), and where it leaves one, into the result."""
+
+
+class Handover:
+    """Puts the carried tokens where the stem's would enter the first block."""
+
+    def __init__(self, path: str, slots: tuple[Slot, ...], carried: tuple[Tensor, ...]) -> None:
+        self.path, self.slots, self.carried = path, slots, carried
+
+    def __call__(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        inputs: tuple[Any, Any] = (args, kwargs)
+        for (entry, _), tokens in zip(self.slots, self.carried, strict=True):
+            replaced = get(inputs, entry)
+            if isinstance(replaced, Tensor) and not fits(tokens, replaced):
+                raise CycleError(
+                    f"the tokens leave the stack {self.path!r} as {tuple(tokens.shape)} and enter it as "
+                    f"{tuple(replaced.shape)}: cycling needs one rank and one feature width (fewer tokens are fine). "
+                    'Choose a part of it, as in stack="blocks.4:10"; find_stacks(model) lists what fits'
+                )
+            # A copy, because a block may write on its input and the loss still needs these tokens.
+            inputs = replace(inputs, entry, tokens.clone())
+            if get(inputs, entry) is None:
+                raise CycleError(
+                    f"the first block of the stack {self.path!r} is called without the argument at {entry} by which "
+                    "later blocks receive carried tokens: pass it to every block in the same way"
+                )
+        return inputs
+
+
+def slots_by_identity(result: Any, inputs: Any) -> tuple[Slot, ...]:
+    """Tensors of one block's result that are, as the same objects, inputs of the next block."""
+    left = leaves(result)
+    slots = []
+    for entry, tensor in leaves(inputs):
+        for exit_, handed in left:
+            if handed is tensor:
+                slots.append((entry, exit_))
+                break
+    return tuple(slots)
+
+
+def slots_by_shape(inputs: Any, result: Any) -> tuple[Slot, ...]:
+    """Where something happens to the tokens between the blocks: the leading tensors that agree in order and shape.
+
+    `inputs` entered the first block, `result` left the last.
+    """
+    slots: list[Slot] = []
+    for (entry, before), (exit_, after) in zip(_floating(inputs), _floating(result), strict=False):
+        # Only the first may leave with fewer tokens: a mask or an attention map behind it must not pass for tokens.
+        if before.shape != after.shape and (slots or not fits(after, before)):
+            break
+        slots.append((entry, exit_))
+    return tuple(slots)
+
+
+def fits(tokens: Tensor, replaced: Tensor) -> bool:
+    """One rank, one kind of number and one feature width, which stands last or, in [B, C, H, W], second."""
+    if tokens.ndim != replaced.ndim or tokens.is_floating_point() != replaced.is_floating_point():
+        return False
+    width_last = tokens.shape[-1] == replaced.shape[-1]
+    return width_last or (tokens.ndim == 4 and tokens.shape[1] == replaced.shape[1])
+
+
+def gradient_nodes(value: Any) -> set[Any]:
+    """The autograd nodes that made the tensors in `value`."""
+    return {get_gradient_edge(tensor).node for _, tensor in leaves(value) if tensor.requires_grad}
+
+
+def depends_on(value: Any, sources: set[Any], past: set[Any]) -> bool:
+    """Whether a tensor in `value` was computed from one of the nodes `sources` without going through one of `past`."""
+    seen, waiting = set(past), list(gradient_nodes(value))
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        if node in sources:
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    return False
+
+
+def _floating(value: Any) -> list[Leaf]:
+    return [(path, tensor) for path, tensor in leaves(value) if tensor.is_floating_point()]

@@ -1,0 +1,82 @@
+"""Modules before the stack: run in the first pass, remembered in the others."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cyclekd.checkpointing import enclosing_frame
+from cyclekd.structure import copied, leaves
+
+if TYPE_CHECKING:
+    from cyclekd.reentry import Reentry
+
+
+class StemCall:
+    """Stands as `forward` on a module before the stack: runs it in the first pass, returns the same output later.
+
+    Saves the stem's cost, keeps its BatchNorm from being updated N times, and its dropout the same in every cycle, as
+    in a model whose block list is longer.
+    """
+
+    def __init__(self, reentry: Reentry, module: nn.Module) -> None:
+        self.reentry, self.module = reentry, module
+        self.kept: list[Kept] = []
+        self.calls = 0  # in the pass that is running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = self.reentry.current
+        # Inside a checkpoint the recomputation would miss what a remembered output saved itself from computing.
+        if run is None or run.first_block is not None or not self.reentry.remembers_stem or enclosing_frame():
+            return self.run(args, kwargs)
+        call, self.calls = self.calls, self.calls + 1
+        if run.cycle > 0 and call < len(self.kept) and self.kept[call].usable():
+            return self.kept[call].output()
+        output = self.run(args, kwargs)
+        if run.cycle == 0:
+            # LayerDrop may have the first pass drawn again: what the last draw returned counts.
+            self.kept[call:] = [Kept(output)]
+        return output
+
+    def run(self, args: Any, kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+class Kept:
+    """A stem output to give again, unless it holds more than tensors or was written on since."""
+
+    def __init__(self, output: Any) -> None:
+        # In a compiled graph versions cannot be compared, and copies that nothing overwrites cost nothing.
+        self.value = copied(output) if torch.compiler.is_compiling() else own_containers(output)
+        self.versions = versions(output)
+
+    def usable(self) -> bool:
+        return _only_tensors(self.value) and (torch.compiler.is_compiling() or self.versions == versions(self.value))
+
+    def output(self) -> Any:
+        return copied(self.value) if torch.compiler.is_compiling() else own_containers(self.value)
+
+
+def own_containers(value: Any) -> Any:
+    """The same tensors in lists and dicts of their own, so that appending to one leaves the others alone."""
+    if isinstance(value, (list, dict)):
+        value = copy.copy(value)
+    return value
+
+
+def versions(value: Any) -> list[int]:
+    """How often each tensor in `value` was written on; empty in a compiled graph, where it cannot be told."""
+    if torch.compiler.is_compiling():
+        return []
+    return [0 if tensor.is_inference() else tensor._version for _, tensor in leaves(value)]
+
+
+def _only_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_only_tensors(item) for item in value.values())
+    if isinstance(value, (tuple, list)):
+        return all(_only_tensors(item) for item in value)
+    return value is None or isinstance(value, (Tensor, int, float, str))
