@@ -14,6 +14,9 @@ import torch
 _top_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
 _graph_task = getattr(torch._C, "_current_graph_task_id", None)
 
+FRAMES_ARE_VISIBLE = _top_hooks is not None
+"""False before PyTorch 2.8: a checkpoint around the stack is then refused in the backward."""
+
 
 class Frame(NamedTuple):
     """One run of a checkpointed function: `key` stays the same in recomputation, `run` is of this run alone."""

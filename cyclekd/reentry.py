@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cyclekd.caches import calls_with_own_caches
-from cyclekd.checkpointing import Frame, enclosing_frame, in_backward
+from cyclekd.checkpointing import FRAMES_ARE_VISIBLE, Frame, enclosing_frame, in_backward
 from cyclekd.errors import CycleError
 from cyclekd.outputs import CycleOutput
 from cyclekd.slots import Handover, Slot, depends_on, gradient_nodes, slots_by_identity, slots_by_shape
@@ -40,7 +40,8 @@ class Pass:
     first_block: nn.Module | None = None
     entry: Any = None  # (args, kwargs) of the first block call
     last: Any = None  # result of the last block call
-    versions: list[int] = field(default_factory=list)  # of the tensors in `last`, when they left
+    left: Any = None  # the same, as it left
+    versions: list[int] = field(default_factory=list)  # of the tensors in `left`, at that time
     pending: tuple[Slot, ...] = ()  # slots seen at the block call that is running
     glued: bool = False  # something happens to the tokens between two blocks
     look: Look | None = None  # in the pass that looks between the blocks
@@ -111,10 +112,11 @@ class Reentry:
         for norm in norms:
             self.handles.append(norm.register_forward_pre_hook(self.before_norm))
             self.handles.append(norm.register_forward_hook(self.after_norm, always_call=True))
-        for module in stem:
-            if "forward" not in module.__dict__:  # one that somebody else has patched just runs N times
-                self.stem.append(StemCall(self, module))
-                module.forward = self.stem[-1]
+        known = {call.module: call for call in self.stem}  # torch.compile recompiles for new objects
+        free = [module for module in stem if "forward" not in module.__dict__]  # patched by others: just run N times
+        self.stem = [known.get(module) or StemCall(self, module) for module in free]
+        for call in self.stem:
+            call.module.forward = call
 
     def remove(self) -> None:
         """Take every hook and patch off again."""
@@ -123,7 +125,7 @@ class Reentry:
         for call in self.stem:
             if call.module.__dict__.get("forward") is call:
                 del call.module.forward
-        self.installed, self.handles, self.stem = False, [], []
+        self.installed, self.handles = False, []
 
     # -- the passes --------------------------------------------------------------------------------------------------
 
@@ -208,14 +210,13 @@ class Reentry:
         if run is None:
             return
         run.last, run.versions = output, versions(output)
+        # Versions cannot be compared in a compiled graph; copies that nothing overwrites cost nothing there.
+        run.left = copied(output) if torch.compiler.is_compiling() else output
         if run.pending and not run.slots:
             # A tensor that the block hands through untouched (T5's position bias) is no token. Blocks that write in
             # place return their input too; then nothing is left over and all of it is carried.
             moved = [(i, o) for i, o in run.pending if get(output, o) is not get((args, kwargs), i)]
             run.slots = tuple(moved) or run.pending
-        if torch.compiler.is_compiling():
-            # Versions cannot be compared in a compiled graph; copies that nothing overwrites cost nothing there.
-            run.last = copied(output)
 
     def _follow(self, run: Pass, block: nn.Module, args: Any, kwargs: Any) -> None:
         """A block call after the first: learn which tensors are handed on, refuse a second way into the stack."""
@@ -276,10 +277,15 @@ class Reentry:
             return None
         record = self.frames.get(frame.key) if frame is not None else None
         if frame is None or record is None:
+            reason = (
+                "it is nested in another checkpoint, or is of another kind than torch.utils.checkpoint("
+                "use_reentrant=False). Checkpoint the blocks one by one, once"
+                if FRAMES_ARE_VISIBLE
+                else f"PyTorch {torch.__version__} does not show it. Update to 2.8 or later, or do not checkpoint"
+            )
             raise CycleError(
                 f"a block of the stack {self.path!r} is recomputed in the backward, and the activation checkpoint "
-                "around it is not known: it is nested in another checkpoint, or is of another kind than "
-                "torch.utils.checkpoint(use_reentrant=False). Checkpoint the blocks one by one, once"
+                f"around it is not known: {reason}"
             )
         if record.handover is None or record.run is frame.run:
             return None
@@ -306,11 +312,11 @@ class Reentry:
 
 def _leaving(run: Pass, slots: tuple[Slot, ...]) -> tuple[Tensor, ...]:
     """The carried tensors as they left the stack, one for each slot."""
-    found = [get(run.last, exit_) for _, exit_ in slots]
+    found = [get(run.left, exit_) for _, exit_ in slots]
     tokens = tuple(each for each in found if isinstance(each, Tensor))
     if not slots or len(tokens) != len(found):
         raise CycleError(_no_tokens(run))
-    if run.versions != versions(run.last):
+    if run.versions != versions(run.left):
         raise CycleError(
             f"something after {type(run.first_block).__name__}'s stack wrote in place on the tokens that left it, so "
             "that they are no longer what the next cycle starts from: write x = x + y there instead of x += y"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -53,6 +54,7 @@ def wrap_multicycle(
     path = choose_stack(model, example_inputs) if stack is None else stack
     stack_blocks(model, path)  # raises where the path leads nowhere
     _check_statistics(model)
+    _drop_leftover_forward(model)
     model.__dict__[STATE] = Reentry(path, cycles, inference_cycles, loss or CycleLoss())
     base: Any = type(model)
     model.__class__ = _cycling_class(base)
@@ -73,6 +75,7 @@ def unwrap_multicycle(model: ModuleT) -> ModuleT:
             "FSDP2: before fully_shard, or load the gathered state_dict into a new model)"
         )
     model.__dict__.pop(STATE).remove()
+    _drop_leftover_forward(model)
     model.__class__ = cls._cyclekd_base
     return model
 
@@ -128,12 +131,16 @@ def find_wrapped(model: nn.Module, asked: str) -> nn.Module:
 def _cycling_class(base: Any) -> Any:
     """The subclass of `base` that cycles; one per base, so that copies of a model are of one class."""
 
-    @functools.wraps(base.forward)  # Trainer and generate() read the signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: Reentry | None = self.__dict__.get(STATE)
         if state is None:  # unwrapped, and reached through a forward that Accelerate kept
             return base.forward(self, *args, **kwargs)
         return _forward(self, state, functools.partial(base.forward, self), args, kwargs)
+
+    # Trainer and generate() read the signature. Not functools.wraps: Accelerate takes its own wrapper off by following
+    # __wrapped__ to the end, and would arrive at the base, which then trains without cycles.
+    forward.__doc__ = base.forward.__doc__
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         base.train(self, mode)
@@ -216,10 +223,18 @@ def _batch_share(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | float:
         return 1.0
     if isinstance(kwargs.get("shift_labels"), Tensor):
         labels = kwargs["shift_labels"]
-    elif "CausalLM" in str(getattr(model, "loss_type", "")):
+    elif getattr(model, "loss_type", None) in SHIFTING_LOSSES and not _is_encoder_decoder(model):
         labels = labels[..., 1:]  # the first label is predicted by nothing, and the Trainer does not count it
     share: Tensor = labels.ne(-100).sum() / items
     return share
+
+
+SHIFTING_LOSSES = ("ForCausalLM", "ForConditionalGeneration")
+"""Names under which Hugging Face models ask for the loss that compares each token with the next label."""
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 # -- hooks follow the mode ---------------------------------------------------------------------------------------------
@@ -274,12 +289,23 @@ def _check_wrappable(model: Any) -> None:
         )
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise CycleError(f"{name} was compiled by model.compile(): wrap first, then compile")
-    if "forward" in model.__dict__:
+    if "forward" in model.__dict__ and not _has_leftover_forward(model):
         raise CycleError(
             f"{name} carries a forward on the object itself, put there by accelerator.prepare, device_map or the "
             "like; it would hide the cycles. Wrap before accelerator.prepare, or take it off with "
             "accelerator.unwrap_model(model, keep_fp32_wrapper=False)"
         )
+
+
+def _has_leftover_forward(model: nn.Module) -> bool:
+    """Whether the forward on the object is its class's own: Accelerate leaves that when it takes its wrapper off."""
+    own = getattr(model.__dict__.get("forward"), "__func__", None)
+    return own in (type(model).forward, inspect.unwrap(type(model).forward))
+
+
+def _drop_leftover_forward(model: nn.Module) -> None:
+    if _has_leftover_forward(model):
+        del model.forward
 
 
 def _check_statistics(model: nn.Module) -> None:

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 
 import toys
 from cyclekd import CycleError, CycleLoss, wrap_multicycle
+from cyclekd.checkpointing import FRAMES_ARE_VISIBLE
+
+pytestmark = pytest.mark.skipif(not FRAMES_ARE_VISIBLE, reason="PyTorch shows checkpoint frames from 2.8 on")
 
 
 def gradients(model, x, cycles):
