@@ -96,7 +96,8 @@ class Reentry:
         self.frames: WeakKeyDictionary[Any, FrameRecord] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "current": None, "frames": None}
+        alive = [handle for handle in self.handles if handle.hooks_dict_ref() is not None]  # dead ones do not copy
+        return {**self.__dict__, "handles": alive, "current": None, "frames": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, frames=WeakKeyDictionary())

@@ -241,15 +241,17 @@ def _is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def sync_hooks(model: nn.Module) -> None:
-    """Hooks stand on the blocks in training or where several cycles were asked for, and nowhere otherwise."""
+    """Hooks stand on the blocks in training or where several cycles were asked for, and nowhere otherwise.
+
+    They are put on anew at every call of `train()`, since modules may have been exchanged since (SyncBatchNorm, PEFT).
+    """
     state: Reentry | None = model.__dict__.get(STATE)
     if state is None:
         return
     wanted = model.training or state.inference_cycles > 1 or state.requested is not None
-    if wanted and not state.installed:
+    state.remove()
+    if wanted:
         state.install(stack_blocks(model, state.path), stem_modules(model, state.path), _batch_norms(model))
-    elif not wanted and state.installed:
-        state.remove()
 
 
 def _batch_norms(model: nn.Module) -> list[nn.Module]:

@@ -182,6 +182,17 @@ def test_running_statistics_follow_the_first_cycle_alone(frames):
     assert all(m.track_running_stats for m in model.modules() if isinstance(m, nn.BatchNorm1d))
 
 
+def test_modules_exchanged_after_wrapping_are_seen_from_the_next_train_call_on():
+    model = wrap_multicycle(toys.BatchNormToy(), 3)
+    model.blocks[1] = toys.BatchNormBlock()
+    model.norm.bn = nn.BatchNorm1d(toys.WIDTH)
+    plain = toys.copy.deepcopy(model)
+    model.train()(toys.images())
+    cyclekd.unwrap_multicycle(plain)(toys.images())
+    for (name, found), (_, expected) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+        assert torch.equal(found, expected), name
+
+
 def test_batch_norm_arithmetic_in_training_matches_repeated_blocks():
     assert_cycles_match_repeated_blocks(toys.BatchNormToy(), toys.images())
 

@@ -300,3 +300,26 @@ def test_functions_that_need_a_wrapped_model_say_so():
 def test_every_public_name_is_documented():
     for name in cyclekd.__all__:
         assert name == "__version__" or getattr(cyclekd, name).__doc__, name
+
+
+@pytest.mark.parametrize("order", ["wrap first", "peft first"])
+def test_peft_adapters_train_in_cycles_and_merge_into_the_base(order):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["mix"], init_lora_weights=False)
+    if order == "wrap first":
+        model = peft.get_peft_model(wrap_multicycle(toys.Toy(), 2), config)
+    else:
+        model = wrap_multicycle(peft.get_peft_model(toys.Toy(), config), 2)
+    x = toys.images()
+    set_cycles(model, 3)
+    output = model.train()(x)
+    output.outputs[2].sum().backward()
+    assert len(output.outputs) == 3
+    assert all((p.grad is not None) == ("lora" in name) for name, p in model.named_parameters())
+    expected = model.eval()(x)
+    if order == "wrap first":
+        base = unwrap_multicycle(model.merge_and_unload())
+    else:
+        base = unwrap_multicycle(model).merge_and_unload()
+    assert type(base) is toys.Toy
+    torch.testing.assert_close(base(x), expected)

@@ -1,0 +1,35 @@
+"""The README's first snippet runs as it stands, and what it says about the tests is so."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import zoo
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_first_snippet_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(SNIPPETS[0], names)
+    assert names["logits"].shape == (2, 1000)
+    stock = timm.create_model("deit_tiny_patch16_224")
+    assert type(names["base"]) is type(stock)
+    stock.load_state_dict(torch.load("plain.pt", weights_only=True), strict=True)
+    assert torch.equal(stock.eval()(names["images"]), names["logits"])
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_every_snippet_is_python(snippet):
+    ast.parse(snippet)
+
+
+def test_it_counts_the_compared_models_rightly():
+    counted = re.search(r"hold (\d+) timm and (\d+) Hugging Face models", " ".join(README.split()))
+    assert (int(counted[1]), int(counted[2])) == (len(zoo.TIMM), len(zoo.HF))
