@@ -7,6 +7,7 @@ the Trainer arrived at, to many more digits than the tolerances ask for.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,15 @@ from repeated import make_nondegenerate
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_garbage_collection() -> Iterator[None]:
+    """Every Trainer collects garbage when it is done, most of its time here: what is imported need not be looked at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
