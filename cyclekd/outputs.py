@@ -36,6 +36,6 @@ class CycleOutput(NamedTuple):
                 "the loss of a CycleOutput was asked for by index, but the model computed none: pass it `labels`, or "
                 "compute the loss from all cycles, CycleLoss(task)(outputs, labels).total. With Hugging Face's Trainer "
                 "leave label_smoothing_factor at 0 and pass compute_loss_func="
-                "lambda outputs, labels, **kwargs: criterion(outputs, labels).total"
+                "lambda outputs, labels, **kwargs: criterion(outputs, labels).total / accumulation_steps"
             )
         return tuple.__getitem__(self, index)  # zero-argument super() does not work in a NamedTuple

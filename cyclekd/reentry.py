@@ -34,6 +34,7 @@ class Pass:
     """One run of the base forward."""
 
     cycle: int
+    traced: bool  # the whole forward is being compiled into one graph
     slots: tuple[Slot, ...] = ()
     carried: tuple[Tensor, ...] = ()  # enters the stack instead of the stem's tokens; empty in the first cycle
     grad_enabled: bool = True
@@ -106,6 +107,9 @@ class Reentry:
 
     def install(self, blocks: Sequence[nn.Module], stem: Sequence[nn.Module], norms: Sequence[nn.Module]) -> None:
         """Put the hooks on; `norms` are the modules with running statistics."""
+        global _call_outside_graphs
+        if _call_outside_graphs is _call:  # not at import, since it loads PyTorch's compiler
+            _call_outside_graphs = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
         self.installed = True
         for block in dict.fromkeys(blocks):  # a shared block stands in the list several times
             self.handles.append(block.register_forward_pre_hook(self.before_block, with_kwargs=True))
@@ -163,7 +167,7 @@ class Reentry:
     ) -> tuple[Any, Pass]:
         """One base forward; drawn again where LayerDrop left out every block, since no token would have moved."""
         for _ in range(DRAWS_BEFORE_REFUSAL):
-            self.current = Pass(cycle, slots, carried, torch.is_grad_enabled())
+            self.current = Pass(cycle, torch.compiler.is_compiling(), slots, carried, torch.is_grad_enabled())
             for call in self.stem:
                 call.calls = 0
             try:
@@ -181,15 +185,31 @@ class Reentry:
 
     def before_block(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Forward pre-hook of every block: hands the carried tokens to the first one that a pass calls."""
+        return self._in_graph_or_eager(Reentry._before_block, block, args, kwargs)  # type: ignore[no-any-return]
+
+    def after_block(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Forward hook of every block: keeps what left last, and from one call to the next what is carried."""
+        self._in_graph_or_eager(Reentry._after_block, block, args, kwargs, output)
+
+    def _in_graph_or_eager(self, hook: Callable[..., Any], *args: Any) -> Any:
+        """Run a hook as part of a graph of the whole forward, or outside of graphs.
+
+        In a graph of a part (a block that is compiled by itself, what is left after a graph break) neither the pass nor
+        the checkpoint that is running could be told: what was true while compiling would be taken for true ever after.
+        """
+        if torch.compiler.is_compiling() and (self.current is None or not self.current.traced):
+            return _call_outside_graphs(hook, self, *args)
+        return hook(self, *args)
+
+    def _before_block(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         run, frame = self.current, enclosing_frame()
         if run is None:
             return self._outside_a_pass(frame, args, kwargs)
         if run.grad_enabled and not torch.is_grad_enabled():
             raise CycleError(
                 f"the stack {self.path!r} runs without gradients inside a forward with gradients: a reentrant "
-                "activation checkpoint encloses it, or torch.no_grad() does. Use use_reentrant=False (Hugging Face: "
-                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})), '
-                "or do not wrap a frozen stack"
+                "activation checkpoint encloses it, or torch.no_grad() does. Checkpoint with use_reentrant=False "
+                '(Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False}), or do not wrap a frozen stack'
             )
         record = self._remember(frame, run)
         if run.first_block is not None:
@@ -205,14 +225,13 @@ class Reentry:
             record.handover = handover
         return handover(args, kwargs)
 
-    def after_block(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Forward hook of every block: keeps what left last, and from one call to the next what is carried."""
+    def _after_block(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         run = self.current
         if run is None:
             return
-        run.last, run.versions = output, versions(output)
+        run.last = output
         # Versions cannot be compared in a compiled graph; copies that nothing overwrites cost nothing there.
-        run.left = copied(output) if torch.compiler.is_compiling() else output
+        run.left, run.versions = (copied(output), []) if run.traced else (output, versions(output))
         if run.pending and not run.slots:
             # A tensor that the block hands through untouched (T5's position bias) is no token. Blocks that write in
             # place return their input too; then nothing is left over and all of it is carried.
@@ -252,7 +271,7 @@ class Reentry:
         remembered, self.remembers_stem = self.remembers_stem, False
         # Cycle 1 has updated the running statistics, this pass does not: so it counts as a later one.
         look = Look()
-        self.current = looking = Pass(cycle=1, slots=slots, look=look)
+        self.current = looking = Pass(cycle=1, traced=False, slots=slots, look=look)
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices):
                 forward(*args, **kwargs)
@@ -279,8 +298,8 @@ class Reentry:
         record = self.frames.get(frame.key) if frame is not None else None
         if frame is None or record is None:
             reason = (
-                "it is nested in another checkpoint, or is of another kind than torch.utils.checkpoint("
-                "use_reentrant=False). Checkpoint the blocks one by one, once"
+                "it is nested in another checkpoint, was compiled, or is of another kind than "
+                "torch.utils.checkpoint(use_reentrant=False). Checkpoint the blocks one by one, once, in eager mode"
                 if FRAMES_ARE_VISIBLE
                 else f"PyTorch {torch.__version__} does not show it. Update to 2.8 or later, or do not checkpoint"
             )
@@ -297,6 +316,9 @@ class Reentry:
 
     def before_norm(self, norm: nn.Module, args: Any) -> None:
         """Forward pre-hook: batch statistics in every cycle, running statistics from cycle 1, the deployed one."""
+        self._in_graph_or_eager(Reentry._before_norm, norm)
+
+    def _before_norm(self, norm: nn.Module) -> None:
         run, frame = self.current, enclosing_frame()
         if run is not None:
             self._remember(frame, run)
@@ -311,13 +333,20 @@ class Reentry:
         setattr(norm, TRACKS, True)
 
 
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+_call_outside_graphs: Callable[..., Any] = _call
+
+
 def _leaving(run: Pass, slots: tuple[Slot, ...]) -> tuple[Tensor, ...]:
     """The carried tensors as they left the stack, one for each slot."""
     found = [get(run.left, exit_) for _, exit_ in slots]
     tokens = tuple(each for each in found if isinstance(each, Tensor))
     if not slots or len(tokens) != len(found):
         raise CycleError(_no_tokens(run))
-    if run.versions != versions(run.left):
+    if not run.traced and run.versions != versions(run.left):
         raise CycleError(
             f"something after {type(run.first_block).__name__}'s stack wrote in place on the tokens that left it, so "
             "that they are no longer what the next cycle starts from: write x = x + y there instead of x += y"

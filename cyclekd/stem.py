@@ -29,16 +29,18 @@ class StemCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         run = self.reentry.current
+        if run is not None and torch.compiler.is_compiling() and not run.traced:
+            return self.run(args, kwargs)  # compiled by itself: not told what encloses it, so it runs N times
         # Inside a checkpoint the recomputation would miss what a remembered output saved itself from computing.
         if run is None or run.first_block is not None or not self.reentry.remembers_stem or enclosing_frame():
             return self.run(args, kwargs)
         call, self.calls = self.calls, self.calls + 1
-        if run.cycle > 0 and call < len(self.kept) and self.kept[call].usable():
+        if run.cycle > 0 and call < len(self.kept) and self.kept[call].is_usable():
             return self.kept[call].output()
         output = self.run(args, kwargs)
         if run.cycle == 0:
             # LayerDrop may have the first pass drawn again: what the last draw returned counts.
-            self.kept[call:] = [Kept(output)]
+            self.kept[call:] = [Kept(output, run.traced)]
         return output
 
     def run(self, args: Any, kwargs: Any) -> Any:
@@ -48,16 +50,17 @@ class StemCall:
 class Kept:
     """A stem output to give again, unless it holds more than tensors or was written on since."""
 
-    def __init__(self, output: Any) -> None:
+    def __init__(self, output: Any, traced: bool) -> None:
         # In a compiled graph versions cannot be compared, and copies that nothing overwrites cost nothing.
-        self.value = copied(output) if torch.compiler.is_compiling() else own_containers(output)
-        self.versions = versions(output)
+        self.traced = traced
+        self.value = copied(output) if traced else own_containers(output)
+        self.versions = [] if traced else versions(output)
 
-    def usable(self) -> bool:
-        return _only_tensors(self.value) and (torch.compiler.is_compiling() or self.versions == versions(self.value))
+    def is_usable(self) -> bool:
+        return _only_tensors(self.value) and (self.traced or self.versions == versions(self.value))
 
     def output(self) -> Any:
-        return copied(self.value) if torch.compiler.is_compiling() else own_containers(self.value)
+        return copied(self.value) if self.traced else own_containers(self.value)
 
 
 def own_containers(value: Any) -> Any:
@@ -68,9 +71,7 @@ def own_containers(value: Any) -> Any:
 
 
 def versions(value: Any) -> list[int]:
-    """How often each tensor in `value` was written on; empty in a compiled graph, where it cannot be told."""
-    if torch.compiler.is_compiling():
-        return []
+    """How often each tensor in `value` was written on."""
     return [0 if tensor.is_inference() else tensor._version for _, tensor in leaves(value)]
 
 

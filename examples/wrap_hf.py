@@ -59,6 +59,7 @@ model = wrap_multicycle(model, cycles=args.cycles)  # <- the new line: the model
 # Training: the Trainer as ever. While it evaluates, the model is the base model, one pass. For a loss other
 # than the model's own, criterion = CycleLoss(your_loss), give the Trainer one argument more:
 #     compute_loss_func=lambda out, y, **k: criterion(out, y).total
+# divided by gradient_accumulation_steps if there are any: the Trainer leaves that to such a function.
 
 
 def accuracy(prediction):
