@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from cyclekd.errors import CycleError
 from cyclekd.outputs import CycleOutput
 
+SAME = 1e-10
+"""A variance below this share of the tokens' mean square is rounding."""
+
 Groups = Mapping[str, tuple[slice, float]]
 
 
@@ -83,13 +86,20 @@ class CycleLoss(nn.Module):
     ) -> None:
         super().__init__()
         for name, weight in [("rho", rho), ("alpha", alpha), ("prediction_weight", prediction_weight)]:
-            if weight is not None and not 0 <= weight < float("inf"):
+            if weight is not None and not _is_weight(weight):
                 raise CycleError(f"CycleLoss({name}={weight}): a weight is a finite number of at least 0")
         if task is not None and not callable(task):
             raise CycleError(
                 f"CycleLoss(task={task!r}): task is a function of (output, target), such as F.cross_entropy, "
                 "or None for the loss that the model computes itself"
             )
+        for name, group in (groups or {}).items():
+            if not (
+                isinstance(group, tuple) and len(group) == 2 and isinstance(group[0], slice) and _is_weight(group[1])
+            ):
+                raise CycleError(f"CycleLoss(groups={{{name!r}: {group!r}}}): a group is (slice, factor of at least 0)")
+        if not all(_is_weight(weight) for weight in cycle_weights or ()):
+            raise CycleError(f"CycleLoss(cycle_weights={cycle_weights}): a weight is a finite number of at least 0")
         self.task = task
         self.rho = rho
         self.alpha = alpha
@@ -147,12 +157,12 @@ class CycleLoss(nn.Module):
 
     def _weights(self, cycles: int) -> tuple[float, ...]:
         weights = self.cycle_weights or ()
-        if len(weights) != cycles:
+        if len(weights) < cycles:
             raise CycleError(
                 f"CycleLoss(cycle_weights={weights}) has {len(weights)} weights, and the output has {cycles} cycles: "
-                "give one per cycle (in evaluation, where one cycle runs, use a CycleLoss without cycle_weights)"
+                "give one per cycle; with fewer cycles, as in evaluation, the first of them are used"
             )
-        return weights
+        return weights[:cycles]
 
     def _token_terms(
         self, tokens: Sequence[Any], task_sum: Tensor, batch_share: Tensor | float
@@ -166,19 +176,21 @@ class CycleLoss(nn.Module):
             pair = []
             for name, student, teacher, factor in self._token_groups(student_tokens, teacher_tokens):
                 distance = token_mse(student, teacher.detach() if self.detach_teacher else teacher)
-                alpha = factor * self._alpha(teacher, task_sum, batch_share)
+                alpha = factor * self._alpha(distance, teacher, task_sum, batch_share)
                 pair.append(alpha * distance)
                 distances.setdefault(name, []).append(distance)
                 alphas.setdefault(name, []).append(alpha)
             terms.append(_sum(pair))
         return terms, distances, alphas
 
-    def _alpha(self, teacher: Tensor, task_sum: Tensor, batch_share: Tensor | float) -> Tensor:
+    def _alpha(self, distance: Tensor, teacher: Tensor, task_sum: Tensor, batch_share: Tensor | float) -> Tensor:
         if self.alpha is not None:
-            return task_sum.new_full((), self.alpha) * batch_share
-        variance = teacher.detach().float().var(correction=0)
+            return distance.new_full((), self.alpha) * batch_share
+        teacher = _in_fp32(teacher.detach())
+        variance, scale = teacher.var(correction=0), teacher.square().mean()
         # The task loss already is this call's share of the whole batch, so the share does not enter here.
-        return self.rho * task_sum.detach().abs() / variance.clamp_min(torch.finfo(variance.dtype).tiny)
+        alpha = self.rho * task_sum.detach().abs() / variance
+        return torch.where(variance > SAME * scale, alpha, 0.0)  # tokens that are all alike have no scale to follow
 
     def _token_groups(self, student: Any, teacher: Any) -> list[tuple[str, Tensor, Tensor, float]]:
         """(name, student, teacher, factor) of every term of one pair of cycles."""
@@ -217,9 +229,11 @@ def token_mse(student: Tensor, teacher: Tensor) -> Tensor:
             f"{tuple(teacher.shape)}: name tokens that both have, such as groups={{'keypoint': (slice(0, 17), 1.0)}}, "
             "or leave the term out with rho=0"
         )
-    if student.dtype in (torch.float16, torch.bfloat16):
-        student, teacher = student.float(), teacher.float()
-    return F.mse_loss(student, teacher)
+    return F.mse_loss(_in_fp32(student), _in_fp32(teacher))
+
+
+def _in_fp32(tokens: Tensor) -> Tensor:
+    return tokens.float() if tokens.dtype in (torch.float16, torch.bfloat16) else tokens
 
 
 def base_loss(output: Any) -> Tensor | None:
@@ -238,6 +252,8 @@ def base_loss(output: Any) -> Tensor | None:
 
 def prediction(output: Any) -> Tensor | None:
     """The prediction inside a base output: the tensor itself, its `.logits`, or None."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
     found = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     return found if isinstance(found, Tensor) else None
 
@@ -253,7 +269,12 @@ def _prediction_or_refuse(output: Any) -> Tensor:
 
 
 def _token_axis(tokens: Tensor) -> Tensor:
-    return tokens.flatten(1, -2) if tokens.ndim > 3 else tokens
+    if tokens.ndim < 3:
+        raise CycleError(
+            f"CycleLoss(groups=...) cuts the token axis of [B, T, D], and these tokens are {tuple(tokens.shape)}: "
+            "leave groups out"
+        )
+    return tokens.flatten(1, -2)
 
 
 def _cut(name: str, part: slice, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -264,6 +285,10 @@ def _cut(name: str, part: slice, student: Tensor, teacher: Tensor) -> tuple[Tens
             f"{teacher.shape[1]} tokens"
         )
     return cut
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < float("inf")
 
 
 def _sum(terms: Sequence[Tensor]) -> Tensor:

@@ -30,13 +30,15 @@ class Call:
     def shape(self) -> tuple[int, ...] | None:
         """Of the first tensor that leaves, where a tensor of that shape also enters; None for calls that change it."""
         left = next((tensor for tensor in self.outputs if tensor.is_floating_point()), None)
-        if left is None or left.ndim < 2 or not any(tensor.shape == left.shape for tensor in self.inputs):
+        if left is None or left.is_nested or left.ndim < 2:
+            return None
+        if not any(tensor.shape == left.shape for tensor in self.inputs if not tensor.is_nested):
             return None
         return tuple(left.shape)
 
     def carried(self) -> list[Tensor]:
         """The inputs of the shape that leaves."""
-        return [tensor for tensor in self.inputs if tuple(tensor.shape) == self.shape]
+        return [tensor for tensor in self.inputs if not tensor.is_nested and tuple(tensor.shape) == self.shape]
 
 
 def record_calls(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:

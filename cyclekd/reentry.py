@@ -19,9 +19,10 @@ from cyclekd.caches import calls_with_own_caches
 from cyclekd.checkpointing import FRAMES_ARE_VISIBLE, Frame, enclosing_frame, in_backward
 from cyclekd.errors import CycleError
 from cyclekd.outputs import CycleOutput
-from cyclekd.slots import Handover, Slot, depends_on, gradient_nodes, slots_by_identity, slots_by_shape
+from cyclekd.randomness import RandomState, random_state, set_random_state
+from cyclekd.slots import Handover, Slot, depends_on, fits, floating, gradient_nodes, slots_by_identity, slots_by_shape
 from cyclekd.stem import StemCall, versions
-from cyclekd.structure import copied, get, leaves
+from cyclekd.structure import copied, get, leaves, own_containers
 
 TRACKS = "track_running_stats"
 
@@ -43,9 +44,13 @@ class Pass:
     last: Any = None  # result of the last block call
     left: Any = None  # the same, as it left
     versions: list[int] = field(default_factory=list)  # of the tensors in `left`, at that time
+    inputs: Any = None  # (args, kwargs) of the block call before
     pending: tuple[Slot, ...] = ()  # slots seen at the block call that is running
+    moved: tuple[Slot, ...] = ()  # those of `slots` whose tensors the blocks change: the tokens
+    calls: int = 0  # of blocks
     glued: bool = False  # something happens to the tokens between two blocks
     look: Look | None = None  # in the pass that looks between the blocks
+    live_draws: RandomState | None = None  # where random numbers go on from the first block
 
 
 @dataclass
@@ -92,6 +97,9 @@ class Reentry:
         self.handles: list[Any] = []
         self.stem: list[StemCall] = []
         self.remembers_stem = False
+        self.in_stem = False  # a remembered call is running
+        self.first_draws: RandomState | None = None  # the random state with which the first pass began
+        self.known_slots: tuple[Slot, ...] = ()  # learned from tensors handed on, for passes that call one block
         self.glue_is_known = False  # what stands between the blocks was looked at, and lets nothing pass them by
         self.current: Pass | None = None
         self.frames: WeakKeyDictionary[Any, FrameRecord] = WeakKeyDictionary()
@@ -112,7 +120,7 @@ class Reentry:
             _call_outside_graphs = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
         self.installed = True
         for block in dict.fromkeys(blocks):  # a shared block stands in the list several times
-            self.handles.append(block.register_forward_pre_hook(self.before_block, with_kwargs=True))
+            self.handles.append(block.register_forward_pre_hook(self.before_block, with_kwargs=True, prepend=True))
             self.handles.append(block.register_forward_hook(self.after_block, with_kwargs=True))
         for norm in norms:
             self.handles.append(norm.register_forward_pre_hook(self.before_norm))
@@ -122,6 +130,18 @@ class Reentry:
         self.stem = [known.get(module) or StemCall(self, module) for module in free]
         for call in self.stem:
             call.module.forward = call
+
+    def stands_on(self, blocks: Sequence[nn.Module]) -> bool:
+        """Whether the hooks are on these blocks, before and after those of others, which are part of the block."""
+        own = {handle.id for handle in self.handles}
+        return self.installed and all(
+            next(iter(block._forward_pre_hooks), None) in own and next(reversed(block._forward_hooks), None) in own
+            for block in blocks
+        )
+
+    def owes_recomputation(self) -> bool:
+        """Whether a backward is still to come that will run blocks of a later cycle again."""
+        return any(record.handover is not None for record in self.frames.values())
 
     def remove(self) -> None:
         """Take every hook and patch off again."""
@@ -137,19 +157,26 @@ class Reentry:
     def run(self, forward: Callable[..., Any], cycles: int, args: Any, kwargs: Any) -> CycleOutput:
         """All cycles of one call, without the objective."""
         calls = calls_with_own_caches(args, kwargs, cycles)
+        traced = torch.compiler.is_compiling()
         outputs, tokens = [], []
         slots: tuple[Slot, ...] = ()
+        moved: tuple[Slot, ...] = ()
         carried: tuple[Tensor, ...] = ()
         self.remembers_stem = cycles > 1
         try:
             for cycle, (pass_args, pass_kwargs) in enumerate(calls[:cycles]):
+                if cycles > 1 and not traced:
+                    pass_args, pass_kwargs = own_containers(pass_args), own_containers(pass_kwargs)
                 output, done = self.run_pass(forward, cycle, slots, carried, pass_args, pass_kwargs)
-                slots = done.slots or slots_by_shape(done.entry, done.last)
+                if cycle == 0:
+                    slots = done.slots or self.known_slots or self._slots_of_one_call(done)
+                    moved = done.moved or slots
+                carried = _leaving(done, slots)
                 if done.glued and cycles > 1 and not self.glue_is_known:
                     self._look_between_blocks(forward, slots, *calls[cycles])
-                carried = _leaving(done, slots)
-                outputs.append(output)
-                tokens.append(carried[0] if len(carried) == 1 else carried)
+                outputs.append(output if cycles == 1 or traced else own_containers(output))
+                left = tuple(each for slot, each in zip(slots, carried, strict=True) if slot in moved)
+                tokens.append(left[0] if len(left) == 1 else left)
         finally:
             self.remembers_stem = False
             for call in self.stem:
@@ -167,7 +194,10 @@ class Reentry:
     ) -> tuple[Any, Pass]:
         """One base forward; drawn again where LayerDrop left out every block, since no token would have moved."""
         for _ in range(DRAWS_BEFORE_REFUSAL):
-            self.current = Pass(cycle, torch.compiler.is_compiling(), slots, carried, torch.is_grad_enabled())
+            traced = torch.compiler.is_compiling()
+            self.current = Pass(cycle, traced, slots, carried, torch.is_grad_enabled())
+            if self.remembers_stem and not traced:
+                self._draw_as_the_first_pass(self.current)
             for call in self.stem:
                 call.calls = 0
             try:
@@ -175,6 +205,7 @@ class Reentry:
                 done = self.current
             finally:
                 self.current = None
+                self.in_stem = False
             if done.first_block is not None:
                 return output, done
         raise CycleError(
@@ -182,6 +213,27 @@ class Reentry:
             "use, is called past its hooks (block.forward), or LayerDrop leaves out every block. Choose another with "
             "stack=..., find_stacks(model) lists them"
         )
+
+    def _draw_as_the_first_pass(self, run: Pass) -> None:
+        """Until its first block, a later pass draws the random numbers of the first one, as a stem that ran once."""
+        live = random_state()
+        if run.cycle == 0:
+            self.first_draws = live
+        elif self.first_draws is not None:
+            run.live_draws = live
+            set_random_state(self.first_draws)
+
+    def _slots_of_one_call(self, done: Pass) -> tuple[Slot, ...]:
+        """By shape alone; not where a single call leaves several inputs that the tokens could belong to."""
+        slots = slots_by_shape(done.entry, done.last)
+        left = [tensor for _, tensor in floating(done.last)]
+        fitting = [tensor for _, tensor in floating(done.entry) if left and fits(left[0], tensor)]
+        if done.calls == 1 and len(fitting) > 1:
+            raise CycleError(
+                f"only one block of the stack {self.path!r} was called, and {len(fitting)} of its inputs could carry "
+                "the tokens that leave it: cycle at least two blocks, so that it can be seen what one hands to the next"
+            )
+        return slots
 
     def before_block(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Forward pre-hook of every block: hands the carried tokens to the first one that a pass calls."""
@@ -209,13 +261,19 @@ class Reentry:
             raise CycleError(
                 f"the stack {self.path!r} runs without gradients inside a forward with gradients: a reentrant "
                 "activation checkpoint encloses it, or torch.no_grad() does. Checkpoint with use_reentrant=False "
-                '(Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False}), or do not wrap a frozen stack'
+                '(Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False}), '
+                'or leave blocks that are frozen that way out of the stack, as in stack="blocks.4:"'
             )
         record = self._remember(frame, run)
+        inputs = (args, kwargs) if run.traced else own_containers((args, kwargs))
+        run.calls += 1
         if run.first_block is not None:
-            self._follow(run, block, args, kwargs)
+            self._follow(run, block, inputs)
+            run.inputs = inputs
             return None
-        run.first_block, run.entry = block, (args, kwargs)
+        if run.live_draws is not None:
+            set_random_state(run.live_draws)
+        run.first_block, run.entry, run.inputs = block, inputs, inputs
         if run.look is not None:
             run.look.at([get(run.entry, entry) for entry, _ in run.slots])
         if not run.carried:
@@ -229,18 +287,20 @@ class Reentry:
         run = self.current
         if run is None:
             return
-        run.last = output
+        run.last = output if run.traced else own_containers(output)
         # Versions cannot be compared in a compiled graph; copies that nothing overwrites cost nothing there.
-        run.left, run.versions = (copied(output), []) if run.traced else (output, versions(output))
+        run.left, run.versions = (copied(output), []) if run.traced else (run.last, versions(output))
         if run.pending and not run.slots:
-            # A tensor that the block hands through untouched (T5's position bias) is no token. Blocks that write in
-            # place return their input too; then nothing is left over and all of it is carried.
-            moved = [(i, o) for i, o in run.pending if get(output, o) is not get((args, kwargs), i)]
-            run.slots = tuple(moved) or run.pending
+            # A tensor that the block hands through untouched (T5's position bias) is carried, but no token. Blocks that
+            # write in place return their input too; then nothing is left over and all of it is tokens.
+            moved = [(i, o) for i, o in run.pending if _is_moved(get(output, o), get((args, kwargs), i))]
+            run.slots, run.moved = run.pending, tuple(moved) or run.pending
+            if not run.traced:
+                self.known_slots = run.slots
 
-    def _follow(self, run: Pass, block: nn.Module, args: Any, kwargs: Any) -> None:
+    def _follow(self, run: Pass, block: nn.Module, inputs: Any) -> None:
         """A block call after the first: learn which tensors are handed on, refuse a second way into the stack."""
-        handed_on = slots_by_identity(run.last, (args, kwargs))
+        handed_on = slots_by_identity(run.last, inputs)
         if block is run.first_block and not handed_on:
             raise CycleError(
                 f"the stack {self.path!r} is entered more than once in one forward, so that it is not defined which "
@@ -248,10 +308,27 @@ class Reentry:
                 "another stack=..."
             )
         run.pending = handed_on if not run.slots else ()
-        if handed_on:
+        renewed = _renewed(run, inputs, handed_on)
+        if handed_on and not renewed:
             return
         run.glued = True
-        if run.look is not None and depends_on((args, kwargs), run.look.sources, past=gradient_nodes(run.last)):
+        if run.look is None:
+            return
+        if handed_on:
+            if depends_on(renewed, gradient_nodes(run.last), past=set()):
+                raise CycleError(
+                    f"the blocks of the stack {self.path!r} hand on several tensors, and one of them is changed "
+                    f"between two blocks, so that it cannot be told what {type(block).__name__} carries: change it "
+                    "inside the block"
+                )
+            return
+        if not depends_on([tensor for _, tensor in floating(inputs)], gradient_nodes(run.last), past=set()):
+            raise CycleError(
+                f"a block of the stack {self.path!r} ({type(block).__name__}) does not receive what the one before it "
+                "returned, so that they are no stack but stand side by side: choose another stack=..."
+            )
+        carried = [get(run.last, exit_) for _, exit_ in run.slots]
+        if depends_on(inputs, run.look.sources, past=gradient_nodes(carried)):
             raise CycleError(
                 f"what enters the stack {self.path!r} reaches its later blocks past the first {type(block).__name__} "
                 "(as in x = x + block(x)), so that a cycle would only replace a part of it: put the residual inside "
@@ -331,6 +408,24 @@ class Reentry:
     def after_norm(self, norm: nn.Module, args: Any, output: Any) -> None:
         """Forward hook that undoes `before_norm`."""
         setattr(norm, TRACKS, True)
+
+
+def _renewed(run: Pass, inputs: Any, handed_on: tuple[Slot, ...]) -> list[Tensor]:
+    """Inputs of a block that look like something the one before returned, but are neither that nor what it received."""
+    shapes = [tensor.shape for _, tensor in floating(run.last) if not tensor.is_nested]
+    known = {entry for entry, _ in handed_on}
+    return [
+        tensor
+        for entry, tensor in floating(inputs)
+        if entry not in known
+        and tensor is not get(run.inputs, entry)
+        and not tensor.is_nested
+        and tensor.shape in shapes
+    ]
+
+
+def _is_moved(left: Any, entered: Any) -> bool:
+    return left is not entered and isinstance(left, Tensor) and left.is_floating_point()
 
 
 def _call(function: Callable[..., Any], *args: Any) -> Any:

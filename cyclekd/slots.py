@@ -58,7 +58,7 @@ def slots_by_shape(inputs: Any, result: Any) -> tuple[Slot, ...]:
     `inputs` entered the first block, `result` left the last.
     """
     slots: list[Slot] = []
-    for (entry, before), (exit_, after) in zip(_floating(inputs), _floating(result), strict=False):
+    for (entry, before), (exit_, after) in zip(floating(inputs), floating(result), strict=False):
         # Only the first may leave with fewer tokens: a mask or an attention map behind it must not pass for tokens.
         if before.shape != after.shape and (slots or not fits(after, before)):
             break
@@ -70,6 +70,8 @@ def fits(tokens: Tensor, replaced: Tensor) -> bool:
     """One rank, one kind of number and one feature width, which stands last or, in [B, C, H, W], second."""
     if tokens.ndim != replaced.ndim or tokens.is_floating_point() != replaced.is_floating_point():
         return False
+    if tokens.is_nested or replaced.is_nested:  # has no shape to compare
+        return tokens.is_nested == replaced.is_nested
     width_last = tokens.shape[-1] == replaced.shape[-1]
     return width_last or (tokens.ndim == 4 and tokens.shape[1] == replaced.shape[1])
 
@@ -93,5 +95,6 @@ def depends_on(value: Any, sources: set[Any], past: set[Any]) -> bool:
     return False
 
 
-def _floating(value: Any) -> list[Leaf]:
+def floating(value: Any) -> list[Leaf]:
+    """The leaves that can be tokens."""
     return [(path, tensor) for path, tensor in leaves(value) if tensor.is_floating_point()]

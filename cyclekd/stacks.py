@@ -130,11 +130,10 @@ def stem_modules(model: nn.Module, path: str) -> list[nn.Module]:
 
 
 def block_list(container: nn.Module) -> list[nn.Module]:
-    """The blocks that a module lists: its children, or those with numbered names; lists within lists are laid flat."""
+    """The blocks of a list, or of a module whose children all have numbered names; lists within lists are laid flat."""
     children = list(container.named_children())
     if not isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
-        children = [(name, child) for name, child in children if re.search(r"\d$", name)]
-        if len(children) < 2:
+        if len(children) < 2 or not all(re.search(r"\d$", name) for name, _ in children):
             return []
     flat: list[nn.Module] = []
     for _, child in children:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cyclekd.checkpointing import enclosing_frame
-from cyclekd.structure import copied, leaves
+from cyclekd.randomness import random_state, set_random_state
+from cyclekd.structure import copied, leaves, own_containers
 
 if TYPE_CHECKING:
     from cyclekd.reentry import Reentry
@@ -31,13 +31,19 @@ class StemCall:
         run = self.reentry.current
         if run is not None and torch.compiler.is_compiling() and not run.traced:
             return self.run(args, kwargs)  # compiled by itself: not told what encloses it, so it runs N times
-        # Inside a checkpoint the recomputation would miss what a remembered output saved itself from computing.
-        if run is None or run.first_block is not None or not self.reentry.remembers_stem or enclosing_frame():
+        # Inside a checkpoint the recomputation would miss what a remembered output saved itself from computing, and
+        # within another remembered call this one is not made at all the next time.
+        remembers = self.reentry.remembers_stem and not self.reentry.in_stem and not enclosing_frame()
+        if run is None or run.first_block is not None or not remembers:
             return self.run(args, kwargs)
         call, self.calls = self.calls, self.calls + 1
         if run.cycle > 0 and call < len(self.kept) and self.kept[call].is_usable():
             return self.kept[call].output()
-        output = self.run(args, kwargs)
+        self.reentry.in_stem = True
+        try:
+            output = self.run(args, kwargs)
+        finally:
+            self.reentry.in_stem = False
         if run.cycle == 0:
             # LayerDrop may have the first pass drawn again: what the last draw returned counts.
             self.kept[call:] = [Kept(output, run.traced)]
@@ -53,6 +59,7 @@ class Kept:
     def __init__(self, output: Any, traced: bool) -> None:
         # In a compiled graph versions cannot be compared, and copies that nothing overwrites cost nothing.
         self.traced = traced
+        self.random_state = None if traced else random_state()
         self.value = copied(output) if traced else own_containers(output)
         self.versions = [] if traced else versions(output)
 
@@ -60,14 +67,11 @@ class Kept:
         return _only_tensors(self.value) and (self.traced or self.versions == versions(self.value))
 
     def output(self) -> Any:
-        return copied(self.value) if self.traced else own_containers(self.value)
-
-
-def own_containers(value: Any) -> Any:
-    """The same tensors in lists and dicts of their own, so that appending to one leaves the others alone."""
-    if isinstance(value, (list, dict)):
-        value = copy.copy(value)
-    return value
+        """The same again, and the random numbers that it took are taken as drawn."""
+        if self.random_state is None:
+            return copied(self.value)
+        set_random_state(self.random_state)
+        return own_containers(self.value)
 
 
 def versions(value: Any) -> list[int]:

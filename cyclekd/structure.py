@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
@@ -41,11 +42,32 @@ def replace(value: Any, path: Path, new: Any) -> Any:
     key, rest = path[0], path[1:]
     if isinstance(value, Mapping):
         items = {**value, key: replace(value.get(key), rest, new)}
-        return type(value)(**items) if is_dataclass(value) else items  # Hugging Face's outputs are both
+        if type(value) is dict:
+            return items
+        if is_dataclass(value):
+            return type(value)(**items)  # Hugging Face's outputs are both
+        other: Any = copy.copy(value)
+        other[key] = items[key]
+        return other
     row = [replace(item, rest, new) if i == key else item for i, item in enumerate(value)]
     if isinstance(value, list):
         return row
     return type(value)(*row) if hasattr(value, "_fields") else tuple(row)
+
+
+def own_containers(value: Any) -> Any:
+    """The same tensors in lists and dicts of their own, however deep, so that a write stays where it is made."""
+    if isinstance(value, dict):
+        fresh = copy.copy(value)
+        for key, item in value.items():
+            fresh[key] = own_containers(item)
+        return fresh
+    if isinstance(value, list):
+        return [own_containers(item) for item in value]
+    if type(value) is tuple or hasattr(value, "_fields"):
+        items = [own_containers(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
 
 
 def copied(value: Any) -> Any:

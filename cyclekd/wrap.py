@@ -74,7 +74,14 @@ def unwrap_multicycle(model: ModuleT) -> ModuleT:
             "(accelerator.unwrap_model(model), ddp.module, compiled._orig_mod; PEFT: after merge_and_unload(); "
             "FSDP2: before fully_shard, or load the gathered state_dict into a new model)"
         )
-    model.__dict__.pop(STATE).remove()
+    state: Reentry = model.__dict__[STATE]
+    if state.owes_recomputation():
+        raise CycleError(
+            f"{cls.__name__} cannot be unwrapped while a checkpointed forward waits for its backward, which will run "
+            "the blocks of later cycles again: call backward first, or let go of the outputs"
+        )
+    del model.__dict__[STATE]
+    state.remove()
     _drop_leftover_forward(model)
     model.__class__ = cls._cyclekd_base
     return model
@@ -196,8 +203,8 @@ def _forward(
             f"{type(model).__name__} runs in several threads under nn.DataParallel, which share one set of hooks: use "
             "DistributedDataParallel (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES to one device"
         )
-    if not state.installed:  # `training` was set by hand, past train()
-        sync_hooks(model)
+    if not torch.compiler.is_compiling() and not state.stands_on(stack_blocks(model, state.path)):
+        sync_hooks(model)  # `training` was set by hand, blocks were exchanged, or others put hooks on them
     output = state.run(forward, cycles, args, kwargs)
     if not all_cycles:
         return output.outputs[-1]
@@ -205,7 +212,9 @@ def _forward(
 
 
 def _objective(model: nn.Module, state: Reentry, output: CycleOutput, kwargs: dict[str, Any]) -> Tensor | None:
-    if base_loss(output.outputs[0]) is None:
+    first = output.outputs[0]
+    by_convention = isinstance(first, tuple) and not hasattr(first, "loss")  # a leading scalar need not be a loss
+    if base_loss(first) is None or (by_convention and kwargs.get("labels") is None):
         return None
     share = _batch_share(model, kwargs)
     total: Tensor = state.loss(output, kwargs.get("labels"), batch_share=share).total
@@ -248,7 +257,8 @@ def sync_hooks(model: nn.Module) -> None:
     state: Reentry | None = model.__dict__.get(STATE)
     if state is None:
         return
-    wanted = model.training or state.inference_cycles > 1 or state.requested is not None
+    several = state.inference_cycles > 1 or state.requested is not None
+    wanted = model.training or several or state.owes_recomputation()
     state.remove()
     if wanted:
         state.install(stack_blocks(model, state.path), stem_modules(model, state.path), _batch_norms(model))

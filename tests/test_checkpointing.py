@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 
 import toys
-from cyclekd import CycleError, CycleLoss, wrap_multicycle
+from cyclekd import (
+    CycleError,
+    CycleLoss,
+    cycle_report,
+    find_stacks,
+    run_cycles,
+    unwrap_multicycle,
+    wrap_multicycle,
+)
 from cyclekd.checkpointing import FRAMES_ARE_VISIBLE
 
 pytestmark = pytest.mark.skipif(not FRAMES_ARE_VISIBLE, reason="PyTorch shows checkpoint frames from 2.8 on")
@@ -113,3 +121,37 @@ def test_a_torch_that_hides_its_frames_leads_to_a_refusal(monkeypatch, missing):
         model(toys.images()).outputs[1].sum().backward()  # the frames alone suffice
         with pytest.raises(CycleError, match=r"'blocks' is recomputed"):
             model.blocks[0](torch.randn(2, 5, toys.WIDTH))
+
+
+@pytest.mark.parametrize("between", ["eval", "find_stacks", "train", "report"])
+def test_nothing_between_forward_and_backward_takes_the_hooks_away(between):
+    model = wrap_multicycle(toys.CheckpointedToy(), 2)
+    expected = torch.autograd.grad(model(toys.images()).outputs[1].sum(), model.stem.weight)[0]
+    output = model(toys.images())
+    {
+        "eval": model.eval,
+        "train": model.train,
+        "find_stacks": lambda: find_stacks(model, toys.images()),
+        "report": lambda: cycle_report(model, toys.images()),
+    }[between]()
+    assert torch.equal(torch.autograd.grad(output.outputs[1].sum(), model.stem.weight)[0], expected)
+    model.eval()
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in model.blocks)
+
+
+def test_a_checkpointed_run_in_evaluation_mode_has_the_same_gradient():
+    model = wrap_multicycle(toys.CheckpointedToy(), 2).eval()
+    found = torch.autograd.grad(run_cycles(model, toys.images()).outputs[1].sum(), model.stem.weight)[0]
+    model.frames = "none"
+    expected = torch.autograd.grad(run_cycles(model, toys.images()).outputs[1].sum(), model.stem.weight)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_unwrapping_before_the_backward_is_refused():
+    model = wrap_multicycle(toys.CheckpointedToy(), 2)
+    output = model(toys.images())
+    with pytest.raises(CycleError, match=r"CheckpointedToy cannot be unwrapped.*call backward first"):
+        unwrap_multicycle(model)
+    output.outputs[1].sum().backward()
+    del output
+    assert type(unwrap_multicycle(model)) is toys.CheckpointedToy

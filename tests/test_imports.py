@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "cyclekd"
 
 LAYERS = [
-    {"errors", "structure", "checkpointing", "_version"},
+    {"errors", "structure", "checkpointing", "randomness", "_version"},
     {"outputs", "probe", "caches", "slots", "stem"},
     {"stacks", "reentry", "losses"},
     {"wrap"},

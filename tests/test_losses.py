@@ -191,9 +191,40 @@ def test_a_missing_base_loss_is_refused():
         CycleLoss()(cycles(), LABELS)
 
 
-def test_as_many_cycle_weights_as_cycles():
+def test_at_least_as_many_cycle_weights_as_cycles():
+    criterion = CycleLoss(F.cross_entropy, cycle_weights=[0.5, 1])
     with pytest.raises(CycleError, match=r"has 2 weights, and the output has 3 cycles"):
-        CycleLoss(F.cross_entropy, cycle_weights=[1, 1])(cycles(), LABELS)
+        criterion(cycles(), LABELS)
+    logits = torch.randn(2, 3)
+    assert criterion(logits, LABELS).total == 0.5 * F.cross_entropy(logits, LABELS)  # as in evaluation
+
+
+@pytest.mark.parametrize("group", [(slice(0, 1), -1.0), (slice(0, 1), float("nan")), (0, 1.0), slice(0, 1)])
+def test_groups_that_are_no_groups_are_refused(group):
+    with pytest.raises(CycleError, match=r"groups=\{'keypoint': .*a group is \(slice, factor"):
+        CycleLoss(groups={"keypoint": group})
+    with pytest.raises(CycleError, match=r"cycle_weights=\(-1, 1\).*finite number"):
+        CycleLoss(cycle_weights=(-1, 1))
+
+
+def test_groups_need_a_token_axis():
+    with pytest.raises(CycleError, match=r"these tokens are \(2, 4\): leave groups out"):
+        CycleLoss(F.cross_entropy, groups={"all": (slice(0, 1), 1.0)})(cycles(tokens=(2, 4)), LABELS)
+
+
+def test_tokens_without_variance_get_no_weight():
+    output = cycles(n=2)
+    for teacher in (torch.zeros(2, 6, 4), torch.full((2, 6, 4), 3.0)):
+        flat = CycleOutput(None, output.outputs, (output.tokens[0], teacher))
+        parts = CycleLoss(F.cross_entropy)(flat, LABELS)
+        assert parts.tokens.item() == 0 and parts.token_mse["tokens"].item() > 0
+        (grad,) = torch.autograd.grad(parts.total, output.tokens[0], allow_unused=True)
+        assert grad.abs().max() == 0
+
+
+def test_a_fixed_alpha_is_not_rounded_to_the_loss_dtype():
+    parts = CycleLoss.paper(lambda x, y: F.cross_entropy(x, y).to(torch.bfloat16))(cycles(n=2), LABELS)
+    assert parts.alpha["tokens"].item() == pytest.approx(5e-6, rel=1e-7)
 
 
 def test_tokens_of_different_number_are_refused_and_groups_are_the_way_out():

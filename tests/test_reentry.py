@@ -103,6 +103,181 @@ def test_what_stands_between_blocks_has_to_be_seen_outside_inference_mode_first(
         model(toys.images())
 
 
+def masked(step):
+    """A loop over blocks (x, mask) -> (x, mask) in which `step(block, x, mask)` is one turn."""
+
+    def loop(model, x):
+        mask = torch.ones(2, 5, 1)
+        for block in model.blocks:
+            x, mask = step(block, x, mask)
+        return x
+
+    return loop
+
+
+def residual_outside(block, x, mask):
+    y, mask = block(x, mask)
+    return x + y, mask
+
+
+def changed_between(block, x, mask):
+    return block(torch.tanh(x), mask)
+
+
+@pytest.mark.parametrize("step", [residual_outside, changed_between], ids=lambda step: step.__name__)
+def test_a_mask_that_is_handed_on_does_not_hide_tokens_that_are_not(step):
+    model = toys.FunctionToy(toys.MaskedBlock, loop=masked(step))
+    with pytest.raises(CycleError, match=r"'blocks' hand on several tensors, and one of them is changed between"):
+        wrap_multicycle(model, 2)(toys.images())
+
+
+def test_a_mask_beside_the_tokens_is_no_token():
+    model = toys.FunctionToy(toys.MaskedBlock, loop=masked(lambda block, x, mask: block(x, mask)))
+    output = assert_cycles_match_repeated_blocks(model, toys.images())
+    assert output.tokens[0].shape == (2, 5, toys.WIDTH)
+
+
+def test_what_the_first_block_makes_is_handed_to_later_cycles_too():
+    def loop(model, x):
+        value = None
+        for block in model.blocks:
+            x, value = block(x, value)
+        return x
+
+    output = assert_cycles_match_repeated_blocks(toys.FunctionToy(toys.ValueBlock, loop=loop), toys.images())
+    assert isinstance(output.tokens[0], torch.Tensor)
+
+
+def test_blocks_side_by_side_are_no_stack():
+    def loop(model, x):
+        return model.blocks[0](x) + model.blocks[1](-x) + model.blocks[2](2 * x)
+
+    with pytest.raises(CycleError, match=r"'blocks' \(Block\) does not receive what the one before it returned"):
+        wrap_multicycle(toys.FunctionToy(loop=loop), 2)(toys.images())
+
+
+def test_containers_that_blocks_and_tail_write_to_are_kept_apart():
+    def loop(model, x):
+        state = {"x": x}
+        for block in model.blocks:
+            state = block(state)
+        return state
+
+    def tail(model, state):
+        state["x"] = model.norm(state["x"])
+        return model.head(state["x"].mean(1))
+
+    assert_cycles_match_repeated_blocks(toys.FunctionToy(toys.DictBlock, loop=loop, tail=tail), toys.images())
+
+
+def test_arguments_and_outputs_that_the_forward_writes_to_are_kept_apart():
+    def stem(model, batch):
+        batch["x"] = batch["x"] * 2
+        model.batch = batch
+        return model.stem(batch["x"])
+
+    def tail(model, x):
+        model.batch["y"] = model.forward_head(x)
+        return model.batch
+
+    model = wrap_multicycle(toys.FunctionToy(stem=stem, tail=tail), 2)
+    output = model({"x": toys.images()})
+    assert torch.equal(output.outputs[0]["x"], output.outputs[1]["x"])
+    assert not torch.equal(output.outputs[0]["y"], output.outputs[1]["y"])
+
+
+def test_random_numbers_before_the_stack_are_those_of_one_stem():
+    def stem(model, x):
+        model.order = torch.rand(5).argsort()
+        return model.stem(x)[:, model.order]
+
+    def tail(model, x):
+        return model.head(model.norm(x)[:, model.order.argsort()]).flatten(1)  # back in place, as an autoencoder does
+
+    model = toys.FunctionToy(stem=stem, tail=tail)
+    longer = toys.repeated(model, 2)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        found = wrap_multicycle(toys.copy.deepcopy(model), 2)(toys.images()).outputs[1]
+        torch.manual_seed(seed)
+        torch.testing.assert_close(found, longer(toys.images()))
+
+
+def test_dropout_in_the_blocks_is_drawn_anew_in_every_cycle():
+    model = toys.Toy()
+    model.blocks.insert(1, nn.Dropout(0.5))
+    output = wrap_multicycle(model, 3, stack="blocks.1:2")(torch.ones(2, 5, 4))
+    zeros = [tokens == 0 for tokens in output.tokens]
+    assert (zeros[1] & ~zeros[0]).any() and (zeros[2] & ~zeros[1]).any()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_of_others_are_part_of_the_block(when):
+    model = toys.Toy()
+
+    def put_on(target):
+        for block in target.blocks:
+            block.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+            block.register_forward_hook(lambda module, args, output: torch.tanh(output))
+
+    longer = toys.repeated(model, 2)
+    put_on(model) if when == "before" else wrap_multicycle(model, 2)
+    wrap_multicycle(model, 2) if when == "before" else put_on(model)
+    longer.blocks = nn.ModuleList([*model.blocks, *model.blocks])
+    output = model(toys.images())
+    cyclekd.unwrap_multicycle(model)
+    torch.testing.assert_close(output.outputs[1], longer(toys.images()))
+
+
+def test_blocks_exchanged_after_wrapping_are_cycled():
+    model = wrap_multicycle(toys.Toy(), 2)
+    model.blocks[0] = toys.Block()
+    model.blocks.append(toys.Block())
+    output = model(toys.images())
+    cyclekd.unwrap_multicycle(model)
+    torch.testing.assert_close(output.outputs[1], toys.repeated(model, 2)(toys.images()))
+
+
+def test_a_module_called_inside_a_remembered_one_is_not_mistaken_for_its_own_call():
+    class Embedding(nn.Module):
+        def __init__(self, project):
+            super().__init__()
+            self.__dict__["project"] = project  # a child of the root, not of this
+
+        def forward(self, x):
+            return torch.tanh(self.project(x))
+
+    def stem(model, x):
+        return model.embedding(x) + model.stem(2 * x)
+
+    model = toys.FunctionToy(stem=stem)
+    model.embedding = Embedding(model.stem)
+    assert_cycles_match_repeated_blocks(model, toys.images())
+
+
+def test_one_block_with_several_inputs_for_its_tokens_is_refused():
+    def loop(model, x):
+        return model.blocks[0](toys.images(tokens=5) @ torch.ones(4, 8), x)
+
+    class Cross(toys.Block):
+        def forward(self, context, x):
+            return super().forward(x + context)
+
+    model = wrap_multicycle(toys.FunctionToy(Cross, loop=loop, depth=1), 2, stack="blocks")
+    with pytest.raises(CycleError, match=r"only one block of the stack 'blocks' was called, and 2 of its inputs"):
+        model(toys.images())
+
+
+def test_nested_tensors_are_carried():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = wrap_multicycle(nn.TransformerEncoder(layer, 3), 2).eval()
+    x, padding = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    with torch.no_grad():
+        first, second = run_cycles(model, x, src_key_padding_mask=padding).outputs
+        assert torch.equal(first, model(x, src_key_padding_mask=padding))
+    assert (first - second).abs().max() > 1e-3
+
+
 def test_tokens_are_a_tuple_where_blocks_carry_several_tensors():
     output = wrap_multicycle(toys.TwoStreamToy(), 2, stack="blocks")(toys.images())
     assert [t.shape for t in output.tokens[1]] == [(2, 5, toys.WIDTH), (2, 2, toys.WIDTH)]

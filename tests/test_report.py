@@ -29,7 +29,15 @@ def test_agreement_is_the_share_of_equal_choices():
     report = cycle_report(model, x)
     first, second = (output.argmax(-1) for output in run_cycles(model.eval(), x).outputs)
     assert report.agreement == pytest.approx([(first == second).float().mean().item()])
-    assert cycle_report(wrap_multicycle(toys.LossToy(), 2), x).agreement is None  # a dict without .logits
+    assert cycle_report(wrap_multicycle(toys.LossToy(), 2), x).agreement is not None  # {"logits": ...}
+
+
+def test_agreement_is_none_where_no_predictions_are_found():
+    class Boxes(toys.Toy):
+        def forward_head(self, x):
+            return {"boxes": super().forward_head(x)}
+
+    assert cycle_report(wrap_multicycle(Boxes(), 2), toys.images()).agreement is None
 
 
 def test_agreement_of_heat_maps_is_that_of_their_peaks():

@@ -105,8 +105,13 @@ def test_lists_within_lists_are_laid_flat():
 def test_numbered_children_are_a_list():
     model = nn.Module()
     model.stage = nn.Module()
-    model.stage.b1, model.stage.b2, model.stage.norm = toys.Block(), toys.Block(), nn.LayerNorm(8)
+    model.stage.b1, model.stage.b2 = toys.Block(), toys.Block()
     assert stack_blocks(model, "stage") == [model.stage.b1, model.stage.b2]
+
+
+def test_a_block_with_some_numbered_children_is_one_block():
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=3)  # its blocks have norm1 and norm2
+    assert stack_blocks(model, "blocks.1") == [model.blocks[1]]
 
 
 def test_stem_is_what_stands_outside_the_stack():

@@ -369,3 +369,46 @@ class LossToy(Toy):
         if labels is None:
             return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class FunctionToy(Toy):
+    """Its loop, stem and tail are functions of the model that a test hands in."""
+
+    def __init__(self, make_block=Block, *, loop=None, stem=None, tail=None, depth: int = 3) -> None:
+        super().__init__(make_block, depth)
+        self.functions = {"loop": loop, "stem": stem, "tail": tail}
+
+    def forward(self, x):
+        x = self.functions["stem"](self, x) if self.functions["stem"] else self.stem(x)
+        loop = self.functions["loop"] or (lambda model, x: run_blocks(model, x))
+        x = loop(self, x)
+        return self.functions["tail"](self, x) if self.functions["tail"] else self.forward_head(x)
+
+
+def run_blocks(model, x):
+    for block in model.blocks:
+        x = block(x)
+    return x
+
+
+class MaskedBlock(Block):
+    """Hands a mask through beside its tokens."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x * mask), mask
+
+
+class ValueBlock(Block):
+    """The first block makes a value that all later ones, and those of later cycles, are handed (a value residual)."""
+
+    def forward(self, x: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        value = torch.tanh(x) if value is None else value
+        return super().forward(x) + value, value
+
+
+class DictBlock(Block):
+    """Works on the dict that it is given."""
+
+    def forward(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        state["x"] = super().forward(state["x"])
+        return state
