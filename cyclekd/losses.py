@@ -60,9 +60,9 @@ class CycleLoss(nn.Module):
         rho * |task_sum| * mse(t_i, t_i+1) / var(t_i+1)                      the default; weight without gradient
 
     with `task_sum` the weighted task loss of all cycles and the variance taken over all elements, so that rho does not
-    depend on the scale of tokens or loss. Being a statistic of the batch at hand, the second weight differs a little
-    between one large batch and the same batch accumulated in parts; a fixed alpha does not. A task loss that crosses
-    zero needs a fixed alpha.
+    depend on the scale of tokens or loss; tokens that are all alike get no weight. Being a statistic of the batch at
+    hand, the second weight differs a little between one large batch and the same batch accumulated in parts; a fixed
+    alpha does not. A task loss that crosses zero needs a fixed alpha.
 
     `groups={"keypoint": (slice(0, 17), 1.0), ...}` names parts of the token axis, each a term of its own with a factor
     to rho or alpha; [B, H, W, C] tokens are flattened to [B, HW, C] for it. Several carried tensors are terms of their
@@ -85,21 +85,13 @@ class CycleLoss(nn.Module):
         prediction_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        for name, weight in [("rho", rho), ("alpha", alpha), ("prediction_weight", prediction_weight)]:
-            if weight is not None and not _is_weight(weight):
-                raise CycleError(f"CycleLoss({name}={weight}): a weight is a finite number of at least 0")
         if task is not None and not callable(task):
             raise CycleError(
                 f"CycleLoss(task={task!r}): task is a function of (output, target), such as F.cross_entropy, "
                 "or None for the loss that the model computes itself"
             )
-        for name, group in (groups or {}).items():
-            if not (
-                isinstance(group, tuple) and len(group) == 2 and isinstance(group[0], slice) and _is_weight(group[1])
-            ):
-                raise CycleError(f"CycleLoss(groups={{{name!r}: {group!r}}}): a group is (slice, factor of at least 0)")
-        if not all(_is_weight(weight) for weight in cycle_weights or ()):
-            raise CycleError(f"CycleLoss(cycle_weights={cycle_weights}): a weight is a finite number of at least 0")
+        _check_weights(rho=[rho], alpha=[alpha], prediction_weight=[prediction_weight], cycle_weights=cycle_weights)
+        _check_groups(groups or {})
         self.task = task
         self.rho = rho
         self.alpha = alpha
@@ -285,6 +277,20 @@ def _cut(name: str, part: slice, student: Tensor, teacher: Tensor) -> tuple[Tens
             f"{teacher.shape[1]} tokens"
         )
     return cut
+
+
+def _check_weights(**weights: Sequence[float | None] | None) -> None:
+    for name, values in weights.items():
+        for value in values or ():
+            if value is not None and not _is_weight(value):
+                raise CycleError(f"CycleLoss({name}={value!r}): a weight is a finite number of at least 0")
+
+
+def _check_groups(groups: Groups) -> None:
+    for name, group in groups.items():
+        pair = isinstance(group, tuple) and len(group) == 2
+        if not (pair and isinstance(group[0], slice) and _is_weight(group[1])):
+            raise CycleError(f"CycleLoss(groups={{{name!r}: {group!r}}}): a group is (slice, factor of at least 0)")
 
 
 def _is_weight(value: Any) -> bool:

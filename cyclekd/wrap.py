@@ -34,9 +34,10 @@ def wrap_multicycle(
     """Let `model` send its tokens through its own block stack `cycles` times in training; the same object comes back.
 
     In training a call returns a `CycleOutput` with the base output and tokens of every cycle (SDPose, CVPR 2024,
-    section 3). In evaluation it returns the base model's own output from one pass, or from the last of
-    `inference_cycles`. `generate()`, `forward_features()` and other ways in always make one pass. Parameters, their
-    names, `state_dict`, `config` and `save_pretrained` stay what they were.
+    section 3), each equal to the same model with its block list repeated; what the model does between two blocks is not
+    done between the last and the first. In evaluation it returns the base model's own output from one pass, or from the
+    last of `inference_cycles`. `generate()`, `forward_features()` and other ways in always make one pass. Parameters,
+    their names, `state_dict`, `config` and `save_pretrained` stay what they were.
 
     `stack` is the dotted path of the blocks to cycle, such as "blocks" or "blocks.4:10"; without it `find_stacks`
     chooses, for which some models need `example_inputs` (a tensor, a tuple of arguments or a dict of keyword
