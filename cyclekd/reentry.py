@@ -8,7 +8,7 @@ first-pass output again instead of being run again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,55 +19,16 @@ from cyclekd.caches import calls_with_own_caches
 from cyclekd.checkpointing import FRAMES_ARE_VISIBLE, Frame, enclosing_frame, in_backward
 from cyclekd.errors import CycleError
 from cyclekd.outputs import CycleOutput
+from cyclekd.passes import Look, Pass, tokens_left
 from cyclekd.randomness import RandomState, random_state, set_random_state
-from cyclekd.slots import Handover, Slot, depends_on, fits, floating, gradient_nodes, slots_by_identity, slots_by_shape
-from cyclekd.stem import StemCall, versions
-from cyclekd.structure import copied, get, leaves, own_containers
+from cyclekd.slots import Handover, Slot
+from cyclekd.stem import StemCall
+from cyclekd.structure import get, leaves, own_containers
 
 TRACKS = "track_running_stats"
 
 DRAWS_BEFORE_REFUSAL = 10
 """How often a pass is drawn when LayerDrop leaves out every block; at rate 0.5 and 3 blocks 1 pass in 8 is empty."""
-
-
-@dataclass
-class Pass:
-    """One run of the base forward."""
-
-    cycle: int
-    traced: bool  # the whole forward is being compiled into one graph
-    slots: tuple[Slot, ...] = ()
-    carried: tuple[Tensor, ...] = ()  # enters the stack instead of the stem's tokens; empty in the first cycle
-    grad_enabled: bool = True
-    first_block: nn.Module | None = None
-    entry: Any = None  # (args, kwargs) of the first block call
-    last: Any = None  # result of the last block call
-    left: Any = None  # the same, as it left
-    versions: list[int] = field(default_factory=list)  # of the tensors in `left`, at that time
-    inputs: Any = None  # (args, kwargs) of the block call before
-    pending: tuple[Slot, ...] = ()  # slots seen at the block call that is running
-    moved: tuple[Slot, ...] = ()  # those of `slots` whose tensors the blocks change: the tokens
-    calls: int = 0  # of blocks
-    glued: bool = False  # something happens to the tokens between two blocks
-    look: Look | None = None  # in the pass that looks between the blocks
-    live_draws: RandomState | None = None  # where random numbers go on from the first block
-
-
-@dataclass
-class Look:
-    """What entered the stack, as part of the autograd graph."""
-
-    sources: set[Any] = field(default_factory=set)
-    frozen: list[Tensor] = field(default_factory=list)  # had no gradient, and shall have none afterwards
-
-    def at(self, entry: list[Any]) -> None:
-        tokens = [each for each in entry if isinstance(each, Tensor) and each.is_floating_point()]
-        self.frozen = [each.requires_grad_() for each in tokens if not each.requires_grad]
-        self.sources = gradient_nodes(tokens)
-
-    def end(self) -> None:
-        for tokens in self.frozen:
-            tokens.requires_grad_(False)
 
 
 @dataclass
@@ -169,9 +130,9 @@ class Reentry:
                     pass_args, pass_kwargs = own_containers(pass_args), own_containers(pass_kwargs)
                 output, done = self.run_pass(forward, cycle, slots, carried, pass_args, pass_kwargs)
                 if cycle == 0:
-                    slots = done.slots or self.known_slots or self._slots_of_one_call(done)
+                    slots = done.slots or self.known_slots or done.slots_seen_by_shape()
                     moved = done.moved or slots
-                carried = _leaving(done, slots)
+                carried = tokens_left(done, slots)
                 if done.glued and cycles > 1 and not self.glue_is_known:
                     self._look_between_blocks(forward, slots, *calls[cycles])
                 outputs.append(output if cycles == 1 or traced else own_containers(output))
@@ -195,7 +156,7 @@ class Reentry:
         """One base forward; drawn again where LayerDrop left out every block, since no token would have moved."""
         for _ in range(DRAWS_BEFORE_REFUSAL):
             traced = torch.compiler.is_compiling()
-            self.current = Pass(cycle, traced, slots, carried, torch.is_grad_enabled())
+            self.current = Pass(self.path, cycle, traced, slots, carried, torch.is_grad_enabled())
             if self.remembers_stem and not traced:
                 self._draw_as_the_first_pass(self.current)
             for call in self.stem:
@@ -222,18 +183,6 @@ class Reentry:
         elif self.first_draws is not None:
             run.live_draws = live
             set_random_state(self.first_draws)
-
-    def _slots_of_one_call(self, done: Pass) -> tuple[Slot, ...]:
-        """By shape alone; not where a single call leaves several inputs that the tokens could belong to."""
-        slots = slots_by_shape(done.entry, done.last)
-        left = [tensor for _, tensor in floating(done.last)]
-        fitting = [tensor for _, tensor in floating(done.entry) if left and fits(left[0], tensor)]
-        if done.calls == 1 and len(fitting) > 1:
-            raise CycleError(
-                f"only one block of the stack {self.path!r} was called, and {len(fitting)} of its inputs could carry "
-                "the tokens that leave it: cycle at least two blocks, so that it can be seen what one hands to the next"
-            )
-        return slots
 
     def before_block(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Forward pre-hook of every block: hands the carried tokens to the first one that a pass calls."""
@@ -268,7 +217,7 @@ class Reentry:
         inputs = (args, kwargs) if run.traced else own_containers((args, kwargs))
         run.calls += 1
         if run.first_block is not None:
-            self._follow(run, block, inputs)
+            run.follow(block, inputs)
             run.inputs = inputs
             return None
         if run.live_draws is not None:
@@ -287,53 +236,9 @@ class Reentry:
         run = self.current
         if run is None:
             return
-        run.last = output if run.traced else own_containers(output)
-        # Versions cannot be compared in a compiled graph; copies that nothing overwrites cost nothing there.
-        run.left, run.versions = (copied(output), []) if run.traced else (run.last, versions(output))
-        if run.pending and not run.slots:
-            # A tensor that the block hands through untouched (T5's position bias) is carried, but no token. Blocks that
-            # write in place return their input too; then nothing is left over and all of it is tokens.
-            moved = [(i, o) for i, o in run.pending if _is_moved(get(output, o), get((args, kwargs), i))]
-            run.slots, run.moved = run.pending, tuple(moved) or run.pending
-            if not run.traced:
-                self.known_slots = run.slots
-
-    def _follow(self, run: Pass, block: nn.Module, inputs: Any) -> None:
-        """A block call after the first: learn which tensors are handed on, refuse a second way into the stack."""
-        handed_on = slots_by_identity(run.last, inputs)
-        if block is run.first_block and not handed_on:
-            raise CycleError(
-                f"the stack {self.path!r} is entered more than once in one forward, so that it is not defined which "
-                "entry a cycle replaces: wrap the module that owns it and is called once per forward, or choose "
-                "another stack=..."
-            )
-        run.pending = handed_on if not run.slots else ()
-        renewed = _renewed(run, inputs, handed_on)
-        if handed_on and not renewed:
-            return
-        run.glued = True
-        if run.look is None:
-            return
-        if handed_on:
-            if depends_on(renewed, gradient_nodes(run.last), past=set()):
-                raise CycleError(
-                    f"the blocks of the stack {self.path!r} hand on several tensors, and one of them is changed "
-                    f"between two blocks, so that it cannot be told what {type(block).__name__} carries: change it "
-                    "inside the block"
-                )
-            return
-        if not depends_on([tensor for _, tensor in floating(inputs)], gradient_nodes(run.last), past=set()):
-            raise CycleError(
-                f"a block of the stack {self.path!r} ({type(block).__name__}) does not receive what the one before it "
-                "returned, so that they are no stack but stand side by side: choose another stack=..."
-            )
-        carried = [get(run.last, exit_) for _, exit_ in run.slots]
-        if depends_on(inputs, run.look.sources, past=gradient_nodes(carried)):
-            raise CycleError(
-                f"what enters the stack {self.path!r} reaches its later blocks past the first {type(block).__name__} "
-                "(as in x = x + block(x)), so that a cycle would only replace a part of it: put the residual inside "
-                "the block, and list whole blocks"
-            )
+        run.leave((args, kwargs), output)
+        if run.slots and not run.traced:
+            self.known_slots = run.slots
 
     def _look_between_blocks(
         self, forward: Callable[..., Any], slots: tuple[Slot, ...], args: Any, kwargs: Any
@@ -348,7 +253,7 @@ class Reentry:
         remembered, self.remembers_stem = self.remembers_stem, False
         # Cycle 1 has updated the running statistics, this pass does not: so it counts as a later one.
         look = Look()
-        self.current = looking = Pass(cycle=1, traced=False, slots=slots, look=look)
+        self.current = looking = Pass(self.path, cycle=1, traced=False, slots=slots, look=look)
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices):
                 forward(*args, **kwargs)
@@ -410,56 +315,8 @@ class Reentry:
         setattr(norm, TRACKS, True)
 
 
-def _renewed(run: Pass, inputs: Any, handed_on: tuple[Slot, ...]) -> list[Tensor]:
-    """Inputs of a block that look like something the one before returned, but are neither that nor what it received."""
-    shapes = [tensor.shape for _, tensor in floating(run.last) if not tensor.is_nested]
-    known = {entry for entry, _ in handed_on}
-    return [
-        tensor
-        for entry, tensor in floating(inputs)
-        if entry not in known
-        and tensor is not get(run.inputs, entry)
-        and not tensor.is_nested
-        and tensor.shape in shapes
-    ]
-
-
-def _is_moved(left: Any, entered: Any) -> bool:
-    return left is not entered and isinstance(left, Tensor) and left.is_floating_point()
-
-
 def _call(function: Callable[..., Any], *args: Any) -> Any:
     return function(*args)
 
 
 _call_outside_graphs: Callable[..., Any] = _call
-
-
-def _leaving(run: Pass, slots: tuple[Slot, ...]) -> tuple[Tensor, ...]:
-    """The carried tensors as they left the stack, one for each slot."""
-    found = [get(run.left, exit_) for _, exit_ in slots]
-    tokens = tuple(each for each in found if isinstance(each, Tensor))
-    if not slots or len(tokens) != len(found):
-        raise CycleError(_no_tokens(run))
-    if not run.traced and run.versions != versions(run.left):
-        raise CycleError(
-            f"something after {type(run.first_block).__name__}'s stack wrote in place on the tokens that left it, so "
-            "that they are no longer what the next cycle starts from: write x = x + y there instead of x += y"
-        )
-    return tokens
-
-
-def _no_tokens(run: Pass) -> str:
-    name = type(run.first_block).__name__
-    entered = [tuple(t.shape) for _, t in leaves(run.entry)]
-    left = [tuple(t.shape) for _, t in leaves(run.last)]
-    if not left:
-        return (
-            f"{name} returned {type(run.last).__name__}, in which no tensor was found: blocks of a stack return a "
-            "tensor, or a tuple, list or dict of tensors. Choose another stack=..., or let the block return its tokens"
-        )
-    return (
-        f"no tensor that enters {name} ({entered}) has the rank and feature width of one that leaves the stack "
-        f'({left}), so it cannot be entered again: choose a part that keeps them, as in stack="blocks.4:10"; '
-        "find_stacks(model) lists what fits"
-    )

@@ -268,6 +268,30 @@ def test_one_block_with_several_inputs_for_its_tokens_is_refused():
         model(toys.images())
 
 
+def test_what_is_carried_is_known_from_earlier_passes_where_layerdrop_leaves_one_block():
+    class Conditioned(toys.Block):
+        def forward(self, x, condition):
+            return super().forward(x + condition)
+
+    def loop(model, x):
+        condition = torch.ones_like(x)
+        for block in model.blocks:
+            if model.kept is None or block in model.kept:
+                x = block(x, condition)
+        return x
+
+    model = toys.FunctionToy(Conditioned, loop=loop)
+    model.kept = [model.blocks[1]]
+    wrap_multicycle(model, 2, stack="blocks")
+    with pytest.raises(CycleError, match=r"only one block"):
+        model(toys.images())
+    model.kept = None
+    model(toys.images())
+    model.kept = [model.blocks[1]]
+    first, second = model(toys.images()).tokens
+    torch.testing.assert_close(second, model.blocks[1](first, torch.ones_like(first)))
+
+
 def test_nested_tensors_are_carried():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     model = wrap_multicycle(nn.TransformerEncoder(layer, 3), 2).eval()

@@ -1,0 +1,163 @@
+"""One run of the base forward: what is known of it so far, and what can be read off its block calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from cyclekd.errors import CycleError
+from cyclekd.randomness import RandomState
+from cyclekd.slots import Slot, depends_on, fits, floating, gradient_nodes, slots_by_identity, slots_by_shape
+from cyclekd.stem import versions
+from cyclekd.structure import copied, get, leaves, own_containers
+
+
+@dataclass
+class Pass:
+    """One run of the base forward."""
+
+    path: str  # of the stack
+    cycle: int
+    traced: bool  # the whole forward is being compiled into one graph
+    slots: tuple[Slot, ...] = ()
+    carried: tuple[Tensor, ...] = ()  # enters the stack instead of the stem's tokens; empty in the first cycle
+    grad_enabled: bool = True
+    first_block: nn.Module | None = None
+    entry: Any = None  # (args, kwargs) of the first block call
+    last: Any = None  # result of the last block call
+    left: Any = None  # the same, as it left
+    versions: list[int] = field(default_factory=list)  # of the tensors in `left`, at that time
+    inputs: Any = None  # (args, kwargs) of the block call before
+    pending: tuple[Slot, ...] = ()  # slots seen at the block call that is running
+    moved: tuple[Slot, ...] = ()  # those of `slots` whose tensors the blocks change: the tokens
+    calls: int = 0  # of blocks
+    glued: bool = False  # something happens to the tokens between two blocks
+    look: Look | None = None  # in the pass that looks between the blocks
+    live_draws: RandomState | None = None  # where random numbers go on from the first block
+
+    def follow(self, block: nn.Module, inputs: Any) -> None:
+        """A block call after the first: learn which tensors are handed on, refuse a second way into the stack."""
+        handed_on = slots_by_identity(self.last, inputs)
+        if block is self.first_block and not handed_on:
+            raise CycleError(
+                f"the stack {self.path!r} is entered more than once in one forward, so that it is not defined which "
+                "entry a cycle replaces: wrap the module that owns it and is called once per forward, or choose "
+                "another stack=..."
+            )
+        self.pending = handed_on if not self.slots else ()
+        renewed = _renewed(self, inputs, handed_on)
+        if handed_on and not renewed:
+            return
+        self.glued = True
+        if self.look is None:
+            return
+        if handed_on:
+            if depends_on(renewed, gradient_nodes(self.last), past=set()):
+                raise CycleError(
+                    f"the blocks of the stack {self.path!r} hand on several tensors, and one of them is changed "
+                    f"between two blocks, so that it cannot be told what {type(block).__name__} carries: change it "
+                    "inside the block"
+                )
+            return
+        if not depends_on([tensor for _, tensor in floating(inputs)], gradient_nodes(self.last), past=set()):
+            raise CycleError(
+                f"a block of the stack {self.path!r} ({type(block).__name__}) does not receive what the one before it "
+                "returned, so that they are no stack but stand side by side: choose another stack=..."
+            )
+        carried = [get(self.last, exit_) for _, exit_ in self.slots]
+        if depends_on(inputs, self.look.sources, past=gradient_nodes(carried)):
+            raise CycleError(
+                f"what enters the stack {self.path!r} reaches its later blocks past the first {type(block).__name__} "
+                "(as in x = x + block(x)), so that a cycle would only replace a part of it: put the residual inside "
+                "the block, and list whole blocks"
+            )
+
+    def leave(self, inputs: Any, output: Any) -> None:
+        """A block call is over: keep what left last, and learn what is carried from one call to the next."""
+        self.last = output if self.traced else own_containers(output)
+        # Versions cannot be compared in a compiled graph; copies that nothing overwrites cost nothing there.
+        self.left, self.versions = (copied(output), []) if self.traced else (self.last, versions(output))
+        if self.pending and not self.slots:
+            # A tensor that the block hands through untouched (T5's position bias) is carried, but no token. Blocks that
+            # write in place return their input too; then nothing is left over and all of it is tokens.
+            moved = [(i, o) for i, o in self.pending if _is_moved(get(output, o), get(inputs, i))]
+            self.slots, self.moved = self.pending, tuple(moved) or self.pending
+
+    def slots_seen_by_shape(self) -> tuple[Slot, ...]:
+        """By shape alone; not where a single call leaves several inputs that the tokens could belong to."""
+        slots = slots_by_shape(self.entry, self.last)
+        left = [tensor for _, tensor in floating(self.last)]
+        fitting = [tensor for _, tensor in floating(self.entry) if left and fits(left[0], tensor)]
+        if self.calls == 1 and len(fitting) > 1:
+            raise CycleError(
+                f"only one block of the stack {self.path!r} was called, and {len(fitting)} of its inputs could carry "
+                "the tokens that leave it: cycle at least two blocks, so that it can be seen what one hands to the next"
+            )
+        return slots
+
+
+@dataclass
+class Look:
+    """What entered the stack, as part of the autograd graph."""
+
+    sources: set[Any] = field(default_factory=set)
+    frozen: list[Tensor] = field(default_factory=list)  # had no gradient, and shall have none afterwards
+
+    def at(self, entering: list[Any]) -> None:
+        tokens = [each for each in entering if isinstance(each, Tensor) and each.is_floating_point()]
+        self.frozen = [each.requires_grad_() for each in tokens if not each.requires_grad]
+        self.sources = gradient_nodes(tokens)
+
+    def end(self) -> None:
+        for tokens in self.frozen:
+            tokens.requires_grad_(False)
+
+
+def tokens_left(run: Pass, slots: tuple[Slot, ...]) -> tuple[Tensor, ...]:
+    """The carried tensors as they left the stack, one for each slot."""
+    found = [get(run.left, exit_) for _, exit_ in slots]
+    tokens = tuple(each for each in found if isinstance(each, Tensor))
+    if not slots or len(tokens) != len(found):
+        raise CycleError(_no_tokens(run))
+    if not run.traced and run.versions != versions(run.left):
+        raise CycleError(
+            f"something after {type(run.first_block).__name__}'s stack wrote in place on the tokens that left it, so "
+            "that they are no longer what the next cycle starts from: write x = x + y there instead of x += y"
+        )
+    return tokens
+
+
+def _no_tokens(run: Pass) -> str:
+    name = type(run.first_block).__name__
+    entered = [tuple(t.shape) for _, t in leaves(run.entry)]
+    left = [tuple(t.shape) for _, t in leaves(run.last)]
+    if not left:
+        return (
+            f"{name} returned {type(run.last).__name__}, in which no tensor was found: blocks of a stack return a "
+            "tensor, or a tuple, list or dict of tensors. Choose another stack=..., or let the block return its tokens"
+        )
+    return (
+        f"no tensor that enters {name} ({entered}) has the rank and feature width of one that leaves the stack "
+        f'({left}), so it cannot be entered again: choose a part that keeps them, as in stack="blocks.4:10"; '
+        "find_stacks(model) lists what fits"
+    )
+
+
+def _renewed(run: Pass, inputs: Any, handed_on: tuple[Slot, ...]) -> list[Tensor]:
+    """Inputs of a block that look like something the one before returned, but are neither that nor what it received."""
+    shapes = [tensor.shape for _, tensor in floating(run.last) if not tensor.is_nested]
+    known = {entry for entry, _ in handed_on}
+    return [
+        tensor
+        for entry, tensor in floating(inputs)
+        if entry not in known
+        and tensor is not get(run.inputs, entry)
+        and not tensor.is_nested
+        and tensor.shape in shapes
+    ]
+
+
+def _is_moved(left: Any, entered: Any) -> bool:
+    return left is not entered and isinstance(left, Tensor) and left.is_floating_point()
