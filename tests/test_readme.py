@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 
 import zoo
 
@@ -21,7 +22,7 @@ def test_the_first_snippet_runs(tmp_path, monkeypatch):
     assert names["logits"].shape == (2, 1000)
     stock = timm.create_model("deit_tiny_patch16_224")
     assert type(names["base"]) is type(stock)
-    stock.load_state_dict(torch.load("plain.pt", weights_only=True), strict=True)
+    stock.load_state_dict(load_file("plain.safetensors"), strict=True)
     assert torch.equal(stock.eval()(names["images"]), names["logits"])
 
 
