@@ -1,8 +1,8 @@
-"""Which activation-checkpoint frame encloses the code that is running now.
+"""Which activation-checkpoint frames enclose the code that is running now.
 
 A non-reentrant `torch.utils.checkpoint` runs its function once in the forward and again in the backward, where nothing
 in the arguments says to which pass the second run belongs. PyTorch keeps that in a frame object, reachable only through
-the saved-tensor hooks that are on top; they are private, so everything that touches them stands here.
+the saved-tensor hooks that are on; they are private, so everything that touches them stands here.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-_top_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
-_graph_task = getattr(torch._C, "_current_graph_task_id", None)
+_autograd = getattr(torch._C, "_autograd", None)
+_top_hooks: Any = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+_push_hooks: Any = getattr(_autograd, "_push_saved_tensors_default_hooks", None)
+_pop_hooks: Any = getattr(_autograd, "_pop_saved_tensors_default_hooks", None)
+_graph_task: Any = getattr(torch._C, "_current_graph_task_id", None)
 
-FRAMES_ARE_VISIBLE = _top_hooks is not None
+FRAMES_ARE_VISIBLE = _top_hooks is not None and _push_hooks is not None and _pop_hooks is not None
 """False before PyTorch 2.8: a checkpoint around the stack is then refused in the backward."""
 
 
@@ -26,25 +29,34 @@ class Frame(NamedTuple):
     recomputing: bool
 
 
-def enclosing_frame() -> Frame | None:
-    """The innermost checkpoint that is running, or None."""
-    if torch.compiler.is_compiling() or _top_hooks is None:
-        return None
-    hooks = _top_hooks(True)
-    if hooks is None:
-        return None
+def enclosing_frames() -> list[Frame]:
+    """The checkpoints that are running, the innermost first."""
+    if torch.compiler.is_compiling() or not FRAMES_ARE_VISIBLE or _top_hooks(True) is None:
+        return []
+    taken: list[Any] = []
+    try:
+        while (hooks := _top_hooks(True)) is not None:
+            taken.append(hooks)
+            _pop_hooks()
+    finally:
+        for hooks in reversed(taken):
+            _push_hooks(*hooks)
+    return [frame for frame in map(_as_frame, taken) if frame is not None]
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward on this thread; True as well where this PyTorch does not tell."""
+    return not torch.compiler.is_compiling() and (_graph_task is None or _graph_task() != -1)
+
+
+def _as_frame(hooks: tuple[Any, Any]) -> Frame | None:
     pack = hooks[0]
     cells = _closure(pack)
     if "target_frame_ref" in cells:
         return Frame(cells["target_frame_ref"](), pack, True)
     if "frame" in cells:
         return Frame(cells["frame"], pack, False)
-    return None
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward on this thread; True as well where this PyTorch does not tell."""
-    return not torch.compiler.is_compiling() and (_graph_task is None or _graph_task() != -1)
+    return None  # somebody's own hooks, such as save_on_cpu
 
 
 def _closure(function: Any) -> dict[str, Any]:

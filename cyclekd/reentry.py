@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cyclekd.caches import calls_with_own_caches
-from cyclekd.checkpointing import FRAMES_ARE_VISIBLE, Frame, enclosing_frame, in_backward
+from cyclekd.checkpointing import FRAMES_ARE_VISIBLE, Frame, enclosing_frames, in_backward
 from cyclekd.errors import CycleError
 from cyclekd.outputs import CycleOutput
 from cyclekd.passes import Look, Pass, tokens_left
@@ -203,9 +203,9 @@ class Reentry:
         return hook(self, *args)
 
     def _before_block(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        run, frame = self.current, enclosing_frame()
+        run, frames = self.current, enclosing_frames()
         if run is None:
-            return self._outside_a_pass(frame, args, kwargs)
+            return self._outside_a_pass(frames, args, kwargs)
         if run.grad_enabled and not torch.is_grad_enabled():
             raise CycleError(
                 f"the stack {self.path!r} runs without gradients inside a forward with gradients: a reentrant "
@@ -213,7 +213,7 @@ class Reentry:
                 '(Hugging Face: gradient_checkpointing_kwargs={"use_reentrant": False}), '
                 'or leave blocks that are frozen that way out of the stack, as in stack="blocks.4:"'
             )
-        record = self._remember(frame, run)
+        records = self._remember(frames, run)
         inputs = (args, kwargs) if run.traced else own_containers((args, kwargs))
         run.calls += 1
         if run.first_block is not None:
@@ -228,7 +228,7 @@ class Reentry:
         if not run.carried:
             return None
         handover = Handover(self.path, run.slots, run.carried)
-        if record is not None:
+        for record in records:
             record.handover = handover
         return handover(args, kwargs)
 
@@ -264,24 +264,35 @@ class Reentry:
 
     # -- inside activation checkpoints ---------------------------------------------------------------------------------
 
-    def _remember(self, frame: Frame | None, run: Pass | None) -> FrameRecord | None:
-        """Note on the enclosing checkpoint what its recomputation will have to repeat."""
-        if frame is None or frame.key is None:
-            return None
-        if frame.key not in self.frames:
-            self.frames[frame.key] = FrameRecord(tracks_statistics=run is None or run.cycle == 0)
-        return self.frames[frame.key]
+    def _remember(self, frames: list[Frame], run: Pass | None) -> list[FrameRecord]:
+        """Note on the enclosing checkpoints what their recomputation will have to repeat."""
+        known = [frame.key for frame in frames if frame.key is not None]
+        for key in known:
+            if key not in self.frames:
+                self.frames[key] = FrameRecord(tracks_statistics=run is None or run.cycle == 0)
+        return [self.frames[key] for key in known]
 
-    def _outside_a_pass(self, frame: Frame | None, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    def _recall(self, frames: list[Frame]) -> tuple[Frame, FrameRecord, list[FrameRecord]] | None:
+        """The checkpoint that is recomputed with its record, and the records of those that it opens anew inside."""
+        for depth, frame in enumerate(frames):
+            record = self.frames.get(frame.key) if frame.recomputing else None
+            if record is not None:
+                opened = [inner.key for inner in frames[:depth] if inner.key not in self.frames]
+                for key in opened:
+                    self.frames[key] = FrameRecord(record.tracks_statistics)
+                return frame, record, [self.frames[key] for key in opened]
+        return None
+
+    def _outside_a_pass(self, frames: list[Frame], args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """A block call of `forward_features()` and the like, or the recomputation of a checkpoint in the backward."""
-        if not (frame is not None and frame.recomputing) and not in_backward():
-            self._remember(frame, None)
+        if not any(frame.recomputing for frame in frames) and not in_backward():
+            self._remember(frames, None)
             return None
-        record = self.frames.get(frame.key) if frame is not None else None
-        if frame is None or record is None:
+        recalled = self._recall(frames)
+        if recalled is None:
             reason = (
-                "it is nested in another checkpoint, was compiled, or is of another kind than "
-                "torch.utils.checkpoint(use_reentrant=False). Checkpoint the blocks one by one, once, in eager mode"
+                "it was compiled, or is of another kind than torch.utils.checkpoint(use_reentrant=False). Checkpoint "
+                "with that, in eager mode"
                 if FRAMES_ARE_VISIBLE
                 else f"PyTorch {torch.__version__} does not show it. Update to 2.8 or later, or do not checkpoint"
             )
@@ -289,9 +300,12 @@ class Reentry:
                 f"a block of the stack {self.path!r} is recomputed in the backward, and the activation checkpoint "
                 f"around it is not known: {reason}"
             )
+        frame, record, opened = recalled
         if record.handover is None or record.run is frame.run:
             return None
         record.run = frame.run
+        for inner in opened:
+            inner.handover = record.handover
         return record.handover(args, kwargs)
 
     # -- running statistics --------------------------------------------------------------------------------------------
@@ -301,13 +315,13 @@ class Reentry:
         self._in_graph_or_eager(Reentry._before_norm, norm)
 
     def _before_norm(self, norm: nn.Module) -> None:
-        run, frame = self.current, enclosing_frame()
+        run, frames = self.current, enclosing_frames()
         if run is not None:
-            self._remember(frame, run)
+            self._remember(frames, run)
             follows = run.cycle == 0
         else:
-            record = self.frames.get(frame.key) if frame is not None and frame.recomputing else None
-            follows = record is None or record.tracks_statistics
+            recalled = self._recall(frames)
+            follows = recalled is None or recalled[1].tracks_statistics
         setattr(norm, TRACKS, follows)
 
     def after_norm(self, norm: nn.Module, args: Any, output: Any) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cyclekd.checkpointing import enclosing_frame
+from cyclekd.checkpointing import enclosing_frames
 from cyclekd.randomness import random_state, set_random_state
 from cyclekd.structure import copied, leaves, own_containers
 
@@ -33,7 +33,7 @@ class StemCall:
             return self.run(args, kwargs)  # compiled by itself: not told what encloses it, so it runs N times
         # Inside a checkpoint the recomputation would miss what a remembered output saved itself from computing, and
         # within another remembered call this one is not made at all the next time.
-        remembers = self.reentry.remembers_stem and not self.reentry.in_stem and not enclosing_frame()
+        remembers = self.reentry.remembers_stem and not self.reentry.in_stem and not enclosing_frames()
         if run is None or run.first_block is not None or not remembers:
             return self.run(args, kwargs)
         call, self.calls = self.calls, self.calls + 1

@@ -162,36 +162,41 @@ class BatchNormBlock(Block):
 
 
 class CheckpointedToy(Toy):
-    """Checkpoints all blocks in one frame, or each in a frame of its own, or all within a second frame."""
+    """Checkpoints its blocks; `frames` says how: all in one, each by itself, within a second one, or with the stem."""
 
     frames = "one"
+    bend = False  # a last operation in the outer of two frames, without which it would not be run to its end again
     use_reentrant = False
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        if self.frames == "each":
-            for block in self.blocks:
-                x = self.checkpointed(block, x)
-            return x
-        if self.frames == "nested":
-            return self.checkpointed(lambda x: self.checkpointed(self.loop, x).tanh(), x)
-        if self.frames == "with stem":
-            return x
-        return self.checkpointed(self.loop, x)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.frames == "with stem":
-            return self.forward_head(self.checkpointed(lambda x: self.loop(self.stem(x)), x))
+            return self.forward_head(self.checkpointed(self.forward_features, x))
         return super().forward(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.frames in ("none", "with stem"):
+            return self.bent(self.loop(x))
+        if self.frames == "nested":
+            return self.checkpointed(lambda x: self.bent(self.checkpointed(self.loop, x)), x)
+        if self.frames == "each":
+            return self.loop_of_frames(x)
+        return self.checkpointed(self.loop if self.frames == "one" else self.loop_of_frames, x)
 
     def loop(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
         return x
 
+    def loop_of_frames(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = self.checkpointed(block, x)
+        return x
+
+    def bent(self, x: Tensor) -> Tensor:
+        return x.tanh() if self.bend else x
+
     def checkpointed(self, function, x: Tensor) -> Tensor:
-        if self.frames == "none":
-            return function(x)
         return checkpoint(function, x, use_reentrant=self.use_reentrant)
 
 
