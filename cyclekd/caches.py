@@ -18,7 +18,7 @@ def calls_with_own_caches(args: Any, kwargs: Any, cycles: int) -> list[tuple[Any
     named = [*((f"argument {i}", arg) for i, arg in enumerate(args)), *kwargs.items()]
     caches = [(name, value) for name, value in named if _is_cache(name, value)]
     if cycles == 1 or not caches:
-        return [(args, kwargs)] * (cycles + 1)
+        return [(args, kwargs) for _ in range(cycles + 1)]
     for name, cache in caches:
         if _is_filled(cache):
             raise CycleError(

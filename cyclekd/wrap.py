@@ -209,7 +209,7 @@ def _forward(
     output = state.run(forward, cycles, args, kwargs)
     if not all_cycles:
         return output.outputs[-1]
-    return output._replace(loss=_objective(model, state, output, kwargs))
+    return CycleOutput(_objective(model, state, output, kwargs), output.outputs, output.tokens)
 
 
 def _objective(model: nn.Module, state: Reentry, output: CycleOutput, kwargs: dict[str, Any]) -> Tensor | None:
