@@ -1,7 +1,7 @@
 """What N cycles cost: a training step of a wrapped timm ViT against the same step written by hand, in one run.
 
-    python benchmarks/cost.py                                       # DeiT-Tiny, 2 cycles, on the CPU: about 8 minutes
-    python benchmarks/cost.py --device cuda --batch-size 256 --bf16 # about a minute
+    python benchmarks/cost.py                                       # DeiT-Tiny, 2 cycles, on the CPU: about 6 minutes
+    python benchmarks/cost.py --device cuda --batch-size 256 --bf16
     python benchmarks/cost.py --device cuda --batch-size 256 --bf16 --compile
 
 The ideal is stem + N x stack + N x head with the same loss. Variants take turns within every round, so that a busy

@@ -134,7 +134,7 @@ class Reentry:
                     moved = done.moved or slots
                 carried = tokens_left(done, slots)
                 if done.glued and cycles > 1 and not self.glue_is_known:
-                    self._look_between_blocks(forward, slots, *calls[cycles])
+                    self._look_between_blocks(forward, slots, *own_containers(calls[cycles]))
                 outputs.append(output if cycles == 1 or traced else own_containers(output))
                 left = tuple(each for slot, each in zip(slots, carried, strict=True) if slot in moved)
                 tokens.append(left[0] if len(left) == 1 else left)

@@ -52,21 +52,23 @@ def replace(value: Any, path: Path, new: Any) -> Any:
     row = [replace(item, rest, new) if i == key else item for i, item in enumerate(value)]
     if isinstance(value, list):
         return row
-    return type(value)(*row) if hasattr(value, "_fields") else tuple(row)
+    return _like(value, row)
 
 
 def own_containers(value: Any) -> Any:
     """The same tensors in lists and dicts of their own, however deep, so that a write stays where it is made."""
     if isinstance(value, dict):
-        fresh = copy.copy(value)
-        for key, item in value.items():
-            fresh[key] = own_containers(item)
+        try:
+            fresh = copy.copy(value)
+            for key, item in value.items():
+                fresh[key] = own_containers(item)
+        except TypeError:  # a dict that refuses to be written to needs no copy
+            return value
         return fresh
     if isinstance(value, list):
         return [own_containers(item) for item in value]
-    if type(value) is tuple or hasattr(value, "_fields"):
-        items = [own_containers(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, tuple):
+        return _like(value, [own_containers(item) for item in value])
     return value
 
 
@@ -75,6 +77,11 @@ def copied(value: Any) -> Any:
     for path, tensor in leaves(value):
         value = replace(value, path, tensor.clone())
     return value
+
+
+def _like(value: tuple[Any, ...], items: list[Any]) -> tuple[Any, ...]:
+    """A tuple of these items, or a named one of the kind of `value`."""
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:

@@ -52,7 +52,7 @@ NOT_SHOWN = """
 What this does not show: 300 images of 8 x 8 pixels and a model of 40 thousand weights say little about
 yours. The setting and rho were chosen where an effect is visible, partly on such seeds, so the intervals
 are too kind. Often there is no clear difference from equal compute: read that row first. Nothing here
-speaks of large models trained to convergence. Step times at this size are mostly Python. Measure on your
+speaks of large models trained to convergence. Step times at this size need not carry over. Measure on your
 own model.
 """
 

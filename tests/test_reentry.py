@@ -186,6 +186,24 @@ def test_arguments_and_outputs_that_the_forward_writes_to_are_kept_apart():
     assert not torch.equal(output.outputs[0]["y"], output.outputs[1]["y"])
 
 
+def test_the_pass_that_looks_between_blocks_does_not_write_to_the_callers_arguments():
+    def stem(model, batch):
+        batch["x"] = batch["x"] * 2
+        return model.stem(batch["x"])
+
+    def glued(model, x):
+        for i, block in enumerate(model.blocks):
+            x = block(x + 1 if i else x)
+        return x
+
+    batch, model = {"x": toys.images()}, toys.FunctionToy(stem=stem, loop=glued)
+    output = wrap_multicycle(model, 2)(batch)
+    assert torch.equal(batch["x"], toys.images())
+    torch.testing.assert_close(output.tokens[1], glued(model, output.tokens[0]))
+    cyclekd.unwrap_multicycle(model)
+    torch.testing.assert_close(output.outputs[0], model({"x": toys.images()}))
+
+
 def test_random_numbers_before_the_stack_are_those_of_one_stem():
     def stem(model, x):
         model.order = torch.rand(5).argsort()

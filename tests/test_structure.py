@@ -4,7 +4,7 @@ from collections import namedtuple
 
 import torch
 
-from cyclekd.structure import get, leaves, replace
+from cyclekd.structure import get, leaves, own_containers, replace
 
 Point = namedtuple("Point", ["x", "y"])
 
@@ -27,3 +27,26 @@ def test_replace_copies_containers_and_keeps_their_types():
     assert new == ([1, Point(2, 9)], {"k": 4}) and isinstance(new[0][1], Point)
     assert replace(value, (1, "new"), 5)[1] == {"k": 4, "new": 5}
     assert value == ([1, Point(2, 3)], {"k": 4})
+
+
+def test_own_containers_are_new_where_they_can_be_written_to_and_hold_the_same_tensors():
+    a = torch.zeros(1)
+    value = {"list": [a, {"inner": a}], "point": Point(a, [a])}
+    own = own_containers(value)
+    own["list"][1]["inner"] = own["point"].y[0] = None
+    own["list"].append(a)
+    assert len(value["list"]) == 2 and value["list"][1]["inner"] is a and value["point"].y[0] is a
+    assert own["list"][0] is a and isinstance(own["point"], Point)
+
+
+def test_own_containers_leaves_objects_and_dicts_that_refuse_writing_alone():
+    class Record:
+        _fields = ("a",)
+
+    class Frozen(dict):
+        def __setitem__(self, key, value):
+            raise TypeError("frozen")
+
+    record, frozen = Record(), Frozen(a=torch.zeros(1))
+    assert own_containers(record) is record
+    assert own_containers(frozen) == frozen

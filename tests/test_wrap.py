@@ -67,15 +67,9 @@ def test_wrapping_in_evaluation_mode_puts_on_no_hook():
 
 def test_unwrap_gives_back_the_same_object_class_keys_and_output():
     model = toys.BatchNormToy()
-    before, attributes, expected = (
-        list(model.state_dict()),
-        set(vars(model)),
-        copy.deepcopy(model).eval()(toys.images()),
-    )
+    before, attributes = list(model.state_dict()), set(vars(model))
     wrapped = wrap_multicycle(model, 2)
-    wrapped(toys.images())
-    wrapped.load_state_dict(wrapped.state_dict())
-    model.blocks[0].mix.weight.grad = None
+    wrapped(toys.images()).outputs[1].sum().backward()
     assert unwrap_multicycle(wrapped) is model
     assert type(model) is toys.BatchNormToy
     assert list(model.state_dict()) == before and set(vars(model)) == attributes
@@ -84,7 +78,6 @@ def test_unwrap_gives_back_the_same_object_class_keys_and_output():
     fresh = toys.BatchNormToy()
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(model.eval()(toys.images()), fresh.eval()(toys.images()))
-    assert expected.shape == (2, 3)
 
 
 def test_unwrapped_output_equals_the_never_wrapped_one():
