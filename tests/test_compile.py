@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import toys
+from benchmarks.matrix.repeated import make_nondegenerate
 from cyclekd import CycleLoss, CycleOutput, set_cycles, wrap_multicycle
-from repeated import make_nondegenerate
 
 HAS_COMPILER = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
 Maker = Callable[[], nn.Module]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from repeated import relative_error
+from benchmarks.matrix.repeated import relative_error
 from test_exact_timm import (  # noqa: F401
     TOLERANCE,
     Case,

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.matrix.repeated import Cycle, Truth, all_finite, blocks_at, gradients, relative_error
 from cyclekd import CycleOutput, find_stacks, run_cycles, set_cycles, wrap_multicycle
 from cyclekd.slots import Handover
-from repeated import Cycle, Truth, all_finite, blocks_at, gradients, relative_error
 from zoo import TIMM, Row
 
 TOLERANCE = 1e-5

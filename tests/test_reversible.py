@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import zoo
+from benchmarks.matrix.repeated import leaves
 from cyclekd import unwrap_multicycle, wrap_multicycle
-from repeated import leaves
 
 
 def run(model, row, seed=0):

@@ -7,58 +7,17 @@ and LayerDrop are 0, so that its training arithmetic can be compared number by n
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import timm
 import torch
 import transformers as hf
-from timm.layers import DropPath
 from timm.models import focalnet, gcvit, maxxvit, metaformer, mlp_mixer, mvitv2, nest, volo
 from torch import Tensor, nn
 
-from repeated import Truth, first_tensor, make_nondegenerate
+from benchmarks.matrix.row import Inputs, Row, seeded
 
 BATCH = 3
-
-
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""The positional and the keyword arguments of a forward."""
-
-
-class Row(NamedTuple):
-    """One model of the zoo."""
-
-    name: str
-    make: Callable[[], nn.Module]
-    inputs: Callable[[], Inputs]  # the same ones at every call
-    path: str
-    tokens: Callable[[Any], Any] = first_tensor  # the carried tensors in what the last block returned
-    lengthen: Callable[[nn.Module, int], None] | None = None  # what else a longer list needs to be told
-
-    def build(self) -> nn.Module:
-        """The same weights at every call."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return make_nondegenerate(hold_still(self.make()))
-
-    def truth(self) -> Truth:
-        return Truth(self.build(), self.path, self.inputs(), self.tokens, self.lengthen)
-
-
-def hold_still(model: nn.Module) -> nn.Module:
-    """Nothing drawn in a forward, nothing kept from it: so no test depends on the one before."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # the MLP of timm's relative positions drops an eighth, which no argument reaches
-        elif isinstance(module, DropPath):
-            module.drop_prob = 0.0
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = 0.0
-    return model
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
 
 
 # -- timm --------------------------------------------------------------------------------------------------------

@@ -72,8 +72,12 @@ class Cycle(NamedTuple):
     gradients: dict[str, Tensor]
 
 
+Loop = Callable[[nn.Module, int, tuple[Any, ...], dict[str, Any]], tuple[Any, Any]]
+"""A forward written by hand, `loop(model, times, args, kwargs)`: the output, and what left the last block."""
+
+
 class Truth:
-    """Cycles 1 to 3 of `model`, each from a longer model of its own and computed when first asked for."""
+    """Cycles 1 to 3 of `model`, each from a longer model or a hand-written loop, computed when first asked for."""
 
     def __init__(
         self,
@@ -82,9 +86,13 @@ class Truth:
         inputs: tuple[tuple[Any, ...], dict[str, Any]],
         tokens: Callable[[Any], Any],
         lengthen: Callable[[nn.Module, int], None] | None = None,
+        loop: Loop | None = None,
     ) -> None:
-        self.model, self.path, self.tokens = model, path, tokens
+        self.model, self.path, self.tokens, self.loop = model, path, tokens, loop
         self.args, self.kwargs = inputs
+        if loop is not None:
+            self.longer = [model] * 3
+            return
         self.longer = [repeat_blocks(model, path, times) for times in (1, 2, 3)]
         for times, longer in enumerate(self.longer, start=1):
             if lengthen is not None:
@@ -93,15 +101,22 @@ class Truth:
     @cached_property
     def evaluation(self) -> list[Cycle]:
         with torch.no_grad():
-            return [Cycle(*self.run(longer.eval()), {}) for longer in self.longer]
+            return [Cycle(*self.run(longer.eval(), times), {}) for times, longer in enumerate(self.longer, start=1)]
 
     @cached_property
     def training(self) -> list[Cycle]:
-        ran = [self.run(longer.train()) for longer in self.longer]
+        ran = [self.run(longer.train(), times) for times, longer in enumerate(self.longer, start=1)]
         return [Cycle(output, tokens, gradients(self.model, (output, tokens))) for output, tokens in ran]
 
-    def run(self, longer: nn.Module) -> tuple[Any, Any]:
+    def run(self, longer: nn.Module, times: int) -> tuple[Any, Any]:
         """Output and tokens of one forward."""
+        torch.manual_seed(0)
+        if self.loop is not None:
+            output, left = self.loop(longer, times, self.args, self.kwargs)
+            return output, self.tokens(left)
+        return self.run_longer(longer)
+
+    def run_longer(self, longer: nn.Module) -> tuple[Any, Any]:
         left: list[Any] = []
 
         def keep(block: nn.Module, args: Any, output: Any) -> None:

@@ -1,0 +1,353 @@
+"""What wrapping does to one model: exact, as defined, refused or wrong, against a truth that knows no cyclekd."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.matrix.repeated import Cycle, Truth, all_finite, gradients, leaves, relative_error
+from benchmarks.matrix.row import Row
+from cyclekd import CycleError, CycleOutput, run_cycles, set_cycles, wrap_multicycle
+from cyclekd.stacks import choose_stack, stack_blocks
+
+CYCLES = 3
+TOLERANCE = 1e-5
+CHECKPOINT_TOLERANCE = 1e-6
+VISIBLE = 1e-3
+"""Cycles have to differ by this much, or their agreement with the truth would prove nothing."""
+
+
+@dataclass
+class Judgement:
+    """One line of the results file; the figures are relative errors, empty where nothing was compared."""
+
+    library: str
+    name: str
+    task: str = ""
+    verdict: str = ""  # exact, defined, refused or wrong; empty where the model could not be evaluated
+    reason: str = ""
+    model: str = ""
+    stack: str = ""
+    found: str = ""  # "alone", "example_inputs" where it took a batch, "named" where it had to be chosen
+    blocks: int = 0
+    truth: str = ""
+    evaluation: float | str = ""
+    training: float | str = ""
+    gradients: float | str = ""
+    control: float | str = ""  # smallest difference between two cycles
+    losses: str = ""
+    checkpointing: str = ""
+    hidden_states: str = ""
+    cache: str = ""
+    seconds: float = 0.0
+
+
+class Unfit(Exception):
+    """The comparison cannot be made; the reason is no fault of the wrapper."""
+
+
+class Wrong(Exception):
+    """The wrapped model does something else than it promises."""
+
+
+def judge(library: str, row: Row) -> Judgement:
+    """Every check of one row; CycleErrors become a refusal, all other failures of the wrapped model a wrong."""
+    start = time.monotonic()
+    result = Judgement(library, row.name, row.task)
+    try:
+        _judge(row, result)
+    except Unfit as reason:
+        result.reason = str(reason)
+    except CycleError as refusal:
+        result.verdict, result.reason = "refused", str(refusal)
+    except Wrong as reason:
+        result.verdict, result.reason = "wrong", str(reason)
+    result.seconds = round(time.monotonic() - start, 1)
+    return result
+
+
+def _judge(row: Row, result: Judgement) -> None:
+    with _or_unfit("not built"):
+        plain = row.build()
+        result.model = type(plain).__name__
+        for mode in (True, False):
+            _seeded_call(plain.train(mode), row)
+    with _or_wrong("looking for the stack"):
+        result.stack, result.found = _stack(row, plain)
+        result.blocks = len(stack_blocks(plain, result.stack))
+    with _or_unfit("no truth"):
+        truth = _truth(row, result.stack)
+    result.truth = row.loop.__name__ if row.loop else "repeated list"
+    with _or_wrong("wrapped"):
+        wrapped = wrap_multicycle(row.build(), CYCLES, stack=result.stack)
+        evaluated = _evaluate(wrapped, row)
+        with _or_unfit("no truth"):
+            expected = truth.evaluation
+        result.control = _control(expected)
+        result.evaluation = _output_error(evaluated, expected)
+        trained = _train(wrapped, row)
+        with _or_unfit("no truth"):
+            expected = truth.training
+        result.training = _output_error(trained, expected)
+        result.gradients = _gradient_error(wrapped, trained, truth)
+    _check_control(result, truth)
+    for name in ("evaluation", "training", "gradients"):
+        if not getattr(result, name) <= TOLERANCE:
+            raise Wrong(f"{name} differs from the {result.truth} by {getattr(result, name):.1e}")
+    result.losses = _losses(trained)
+    for name, check in (("checkpointing", _checkpointing), ("hidden_states", _hidden_states), ("cache", _cache)):
+        with _or_wrong(name):
+            setattr(result, name, check(row, result.stack, trained))
+    result.verdict = "defined" if row.loop else "exact"
+    result.reason = f"equal to the loop written by hand: {row.loop.__name__}" if row.loop else ""
+
+
+# -- the model and the truth about it ----------------------------------------------------------------------------------
+
+
+def _stack(row: Row, plain: nn.Module) -> tuple[str, str]:
+    if row.path:
+        return row.path, "named"
+    try:
+        return choose_stack(plain), "alone"
+    except CycleError as refusal:
+        if "example_inputs" not in str(refusal):
+            raise
+    args, kwargs = row.inputs()
+    return choose_stack(plain, example_inputs=kwargs if kwargs and not args else args), "example_inputs"
+
+
+def _truth(row: Row, path: str) -> Truth:
+    return Truth(row.build(), path, row.inputs(), _every_tensor, row.lengthen, row.loop)
+
+
+def _every_tensor(left: Any) -> Any:
+    return tuple(tensor for tensor in leaves(left).values() if tensor.is_floating_point())
+
+
+def _seeded_call(model: nn.Module, row: Row, **more: Any) -> Any:
+    torch.manual_seed(0)
+    args, kwargs = row.inputs()
+    return model(*args, **{**kwargs, **more})
+
+
+def _evaluate(wrapped: nn.Module, row: Row) -> CycleOutput:
+    torch.manual_seed(0)
+    args, kwargs = row.inputs()
+    with torch.no_grad():
+        return run_cycles(wrapped.eval(), *args, cycles=CYCLES, **kwargs)
+
+
+def _train(wrapped: nn.Module, row: Row, **more: Any) -> CycleOutput:
+    set_cycles(wrapped, CYCLES)
+    output = _seeded_call(wrapped.train(), row, **more)
+    if not isinstance(output, CycleOutput) or len(output.outputs) != CYCLES:
+        raise Wrong(f"a training call returned {type(output).__name__}")
+    return output
+
+
+# -- equal, and not for nothing ----------------------------------------------------------------------------------------
+
+
+def _output_error(found: CycleOutput, expected: list[Cycle]) -> float:
+    errors = []
+    for output, tokens, cycle in zip(found.outputs, found.tokens, expected, strict=True):
+        errors += [relative_error(output, cycle.output), *(error for _, error in _matches(tokens, cycle.tokens))]
+    return max(errors)
+
+
+def _matches(tokens: Any, left: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, float]]:
+    """For every carried tensor, the one among those that left the last block which it is, and how far it is off."""
+    for tensor in leaves(tokens).values():
+        yield min(((each, relative_error(tensor, each)) for each in left), key=lambda match: match[1])
+
+
+def _gradient_error(wrapped: nn.Module, found: CycleOutput, truth: Truth) -> float:
+    """The worst over all parameters and cycles, measured on the largest gradient of the cycle where one is tiny."""
+    errors = [0.0]
+    for output, tokens, cycle in zip(found.outputs, found.tokens, truth.training, strict=True):
+        ours = gradients(wrapped, (output, tokens))
+        theirs = gradients(truth.model, (cycle.output, _as_carried(tokens, cycle.tokens)))
+        errors.append(_gradient_distance(ours, theirs))
+    return max(errors)
+
+
+def _as_carried(tokens: Any, left: tuple[Tensor, ...]) -> Any:
+    matching = tuple(match for match, _ in _matches(tokens, left))
+    return matching[0] if isinstance(tokens, Tensor) else matching
+
+
+def _gradient_distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    largest = max(_peak(gradient) for gradient in theirs.values())
+    return max(_peak(ours[name] - gradient) / max(_peak(gradient), 1e-3 * largest) for name, gradient in theirs.items())
+
+
+def _peak(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _control(cycles: list[Cycle]) -> float:
+    return min(relative_error(a.output, b.output) for a, b in combinations(cycles, 2))
+
+
+def _check_control(result: Judgement, truth: Truth) -> None:
+    if not all_finite([truth.evaluation, truth.training]):
+        raise Unfit("no control: the repeated model's outputs are not finite")
+    if not VISIBLE < result.control:
+        raise Unfit(f"no control: its cycles differ by {result.control:.1e} only")
+    names = {parameter: name for name, parameter in truth.model.named_parameters()}
+    for number, block in enumerate(stack_blocks(truth.model, result.stack)):
+        own = [names[p] for p in block.parameters() if p.requires_grad]
+        if not any(cycle.gradients[name].any() for cycle in truth.training for name in own):
+            raise Unfit(f"no control: block {number} gets no gradient")
+
+
+def _losses(found: CycleOutput) -> str:
+    losses = [leaves(output).get(".loss") for output in found.outputs]
+    if any(loss is None for loss in losses):
+        return "none"
+    if found.loss is None or not found.loss.isfinite():
+        raise Wrong("the model computes a loss, and the CycleOutput has none")
+    return "every cycle"
+
+
+# -- what users switch on ----------------------------------------------------------------------------------------------
+
+
+def _checkpointing(row: Row, path: str, found: CycleOutput) -> str:
+    """Gradients with activation checkpointing against those without."""
+    if not _enable_checkpointing(row.build()):
+        return "not supported"
+    plain = row.build().train()
+    without = gradients(plain, _seeded_call(plain, row))
+    try:
+        _enable_checkpointing(plain)
+        distance = _gradient_distance(gradients(plain, _seeded_call(plain, row)), without)
+    except Exception as error:
+        return f"the plain model fails: {_short(error)}"
+    if not distance <= CHECKPOINT_TOLERANCE:
+        return f"the plain model's gradients differ by {distance:.1e}"
+    wrapped = wrap_multicycle(row.build(), CYCLES, stack=path)
+    without = gradients(wrapped, _floating(_train(wrapped, row)))
+    _enable_checkpointing(wrapped)
+    try:
+        output = _train(wrapped, row)
+        with _count_calls(stack_blocks(wrapped, path)) as recomputed:
+            distance = _gradient_distance(gradients(wrapped, _floating(output)), without)
+    except CycleError as refusal:
+        return f"refused: {refusal}"
+    if not distance <= CHECKPOINT_TOLERANCE:
+        raise Wrong(f"gradients differ by {distance:.1e} with checkpointing")
+    return "equal" if recomputed else "equal, no block recomputed"
+
+
+def _enable_checkpointing(model: nn.Module) -> bool:
+    try:
+        if hasattr(model, "gradient_checkpointing_enable"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except Exception:  # each library says in its own way that a model does not support it
+        return False
+    return True
+
+
+def _floating(output: CycleOutput) -> Any:
+    return output.outputs, output.tokens
+
+
+@contextmanager
+def _count_calls(blocks: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """The calls of these blocks, seen below their hooks and above whatever a library put in place of `forward`."""
+    called: list[nn.Module] = []
+    insides = [next((child for child in block.children()), block) for block in dict.fromkeys(blocks)]
+    handles = [inside.register_forward_pre_hook(lambda module, args: called.append(module)) for inside in insides]
+    yield called
+    for handle in handles:
+        handle.remove()
+
+
+def _hidden_states(row: Row, path: str, found: CycleOutput) -> str:
+    """Each cycle returns as many hidden states as the plain model, and the last is that of the repeated list."""
+    plain = row.build()
+    if not hasattr(plain, "config"):
+        return ""
+    try:
+        expected = _states(_seeded_call(plain.train(), row, output_hidden_states=True))
+    except Exception:
+        return "not supported"
+    if not expected:
+        return "not supported"
+    wrapped = wrap_multicycle(row.build(), CYCLES, stack=path)
+    for cycle in _train(wrapped, row, output_hidden_states=True).outputs:
+        if {name: len(states) for name, states in _states(cycle).items()} != {n: len(s) for n, s in expected.items()}:
+            raise Wrong("a cycle returns another number of hidden states than the plain model")
+    return "as many"
+
+
+def _states(output: Any) -> dict[str, Any]:
+    names = [name for name in (output if isinstance(output, dict) else ()) if name.endswith("hidden_states")]
+    return {name: output[name] for name in names if isinstance(output[name], (tuple, list))}
+
+
+def _cache(row: Row, path: str, found: CycleOutput) -> str:
+    """With `use_cache=True` the cycles are the same, and a filled cache is refused."""
+    if "use_cache" not in row.inputs()[1]:
+        return ""
+    plain = row.build().eval()
+    try:
+        with torch.no_grad():
+            cache = next(v for n, v in _seeded_call(plain, row, use_cache=True).items() if n in CACHES)
+    except Exception:
+        return "not supported"
+    wrapped = wrap_multicycle(row.build(), CYCLES, stack=path)
+    for cycle, expected in zip(_train(wrapped, row, use_cache=True).outputs, found.outputs, strict=True):
+        for where, tensor in leaves(expected).items():
+            if not relative_error(leaves(cycle).get(where), tensor) <= TOLERANCE:
+                raise Wrong(f"{where} of a cycle differs with use_cache=True")
+    name = next(n for n in CACHES if n in _accepted(plain))
+    try:
+        _train(wrapped, row, use_cache=True, **{name: cache})
+    except CycleError:
+        return "equal, filled ones refused"
+    raise Wrong("a filled cache is taken into several cycles")
+
+
+CACHES = ("past_key_values", "cache_params", "past_buckets_states")
+
+
+def _accepted(model: nn.Module) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+# -- whose fault it is -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _or_unfit(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise Unfit(f"{what}: {_short(error)}") from error
+
+
+@contextmanager
+def _or_wrong(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (CycleError, Unfit, Wrong):
+        raise
+    except Exception as error:
+        raise Wrong(f"{what}: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
