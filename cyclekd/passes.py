@@ -16,14 +16,29 @@ from cyclekd.structure import copied, get, leaves, own_containers
 
 @dataclass
 class Pass:
-    """One run of the base forward."""
+    """One run of the base forward, through one stack or several."""
 
-    path: str  # of the stack
     cycle: int
     traced: bool  # the whole forward is being compiled into one graph
+    visits: tuple[Visit, ...]  # one per stack
+    grad_enabled: bool = True
+    live_draws: RandomState | None = None  # where random numbers go on from the first block
+
+    @property
+    def in_stem(self) -> bool:
+        """Whether no block was called yet."""
+        return all(visit.first_block is None for visit in self.visits)
+
+
+@dataclass
+class Visit:
+    """One stack in one pass."""
+
+    path: str  # of the stack
+    traced: bool
     slots: tuple[Slot, ...] = ()
     carried: tuple[Tensor, ...] = ()  # enters the stack instead of the stem's tokens; empty in the first cycle
-    grad_enabled: bool = True
+    look: Look | None = None  # in the pass that looks between the blocks
     first_block: nn.Module | None = None
     entry: Any = None  # (args, kwargs) of the first block call
     last: Any = None  # result of the last block call
@@ -34,8 +49,6 @@ class Pass:
     moved: tuple[Slot, ...] = ()  # those of `slots` whose tensors the blocks change: the tokens
     calls: int = 0  # of blocks
     glued: bool = False  # something happens to the tokens between two blocks
-    look: Look | None = None  # in the pass that looks between the blocks
-    live_draws: RandomState | None = None  # where random numbers go on from the first block
 
     def follow(self, block: nn.Module, inputs: Any) -> None:
         """A block call after the first: learn which tensors are handed on, refuse a second way into the stack."""
@@ -115,27 +128,34 @@ class Look:
             tokens.requires_grad_(False)
 
 
-def tokens_left(run: Pass, slots: tuple[Slot, ...]) -> tuple[Tensor, ...]:
+def tokens_left(visit: Visit, slots: tuple[Slot, ...]) -> tuple[Tensor, ...]:
     """The carried tensors as they left the stack, one for each slot."""
-    found = [get(run.left, exit_) for _, exit_ in slots]
+    found = [get(visit.left, exit_) for _, exit_ in slots]
     tokens = tuple(each for each in found if isinstance(each, Tensor))
     if not slots or len(tokens) != len(found):
-        raise CycleError(_no_tokens(run))
-    if not run.traced and run.versions != versions(run.left):
+        raise CycleError(_no_tokens(visit))
+    if not visit.traced and visit.versions != versions(visit.left):
         raise CycleError(
-            f"something after {type(run.first_block).__name__}'s stack wrote in place on the tokens that left it, so "
+            f"something after {type(visit.first_block).__name__}'s stack wrote in place on the tokens that left it, so "
             "that they are no longer what the next cycle starts from: write x = x + y there instead of x += y"
         )
     return tokens
 
 
-def _no_tokens(run: Pass) -> str:
-    name = type(run.first_block).__name__
-    entered = [tuple(t.shape) for _, t in leaves(run.entry)]
-    left = [tuple(t.shape) for _, t in leaves(run.last)]
+def reaches(visit: Visit, output: Any) -> bool:
+    """Whether what left the stack has a part in `output`, as the autograd graph tells."""
+    left = [get(visit.left, exit_) for _, exit_ in visit.slots]
+    returned = [tensor for _, tensor in floating(output)]
+    return not returned or depends_on(returned, gradient_nodes(left), past=set())
+
+
+def _no_tokens(visit: Visit) -> str:
+    name = type(visit.first_block).__name__
+    entered = [tuple(t.shape) for _, t in leaves(visit.entry)]
+    left = [tuple(t.shape) for _, t in leaves(visit.last)]
     if not left:
         return (
-            f"{name} returned {type(run.last).__name__}, in which no tensor was found: blocks of a stack return a "
+            f"{name} returned {type(visit.last).__name__}, in which no tensor was found: blocks of a stack return a "
             "tensor, or a tuple, list or dict of tensors. Choose another stack=..., or let the block return its tokens"
         )
     return (
@@ -145,15 +165,15 @@ def _no_tokens(run: Pass) -> str:
     )
 
 
-def _renewed(run: Pass, inputs: Any, handed_on: tuple[Slot, ...]) -> list[Tensor]:
+def _renewed(visit: Visit, inputs: Any, handed_on: tuple[Slot, ...]) -> list[Tensor]:
     """Inputs of a block that look like something the one before returned, but are neither that nor what it received."""
-    shapes = [tensor.shape for _, tensor in floating(run.last) if not tensor.is_nested]
+    shapes = [tensor.shape for _, tensor in floating(visit.last) if not tensor.is_nested]
     known = {entry for entry, _ in handed_on}
     return [
         tensor
         for entry, tensor in floating(inputs)
         if entry not in known
-        and tensor is not get(run.inputs, entry)
+        and tensor is not get(visit.inputs, entry)
         and not tensor.is_nested
         and tensor.shape in shapes
     ]

@@ -86,8 +86,8 @@ def cycle_report(model: nn.Module, *args: Any, **kwargs: Any) -> CycleReport:
         sync_hooks(wrapped)
     norms, distances = _norms(output), _distances(output)
     return CycleReport(
-        stack=state.path,
-        blocks=len(stack_blocks(wrapped, state.path)),
+        stack=" + ".join(state.paths),
+        blocks=sum(len(stack_blocks(wrapped, path)) for path in state.paths),
         token_norm=norms,
         token_distance=distances,
         agreement=_agreement(output),

@@ -7,7 +7,7 @@ of one shape to each other.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -122,9 +122,9 @@ def stack_blocks(model: nn.Module, path: str) -> list[nn.Module]:
     return chosen
 
 
-def stem_modules(model: nn.Module, path: str) -> list[nn.Module]:
-    """The largest modules outside the stack that a forward can call: what of them runs before it is the stem."""
-    blocks = set(stack_blocks(model, path))
+def stem_modules(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
+    """The largest modules outside the stacks that a forward can call: what of them runs before those is the stem."""
+    blocks = {block for path in paths for block in stack_blocks(model, path)}
     inside = {module for block in blocks for module in block.modules()}
     return [module for module in _outside(model, blocks) if module not in inside]
 

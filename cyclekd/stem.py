@@ -34,7 +34,7 @@ class StemCall:
         # Inside a checkpoint the recomputation would miss what a remembered output saved itself from computing, and
         # within another remembered call this one is not made at all the next time.
         remembers = self.reentry.remembers_stem and not self.reentry.in_stem and not enclosing_frames()
-        if run is None or run.first_block is not None or not remembers:
+        if run is None or not run.in_stem or not remembers:
             return self.run(args, kwargs)
         call, self.calls = self.calls, self.calls + 1
         if run.cycle > 0 and call < len(self.kept) and self.kept[call].is_usable():

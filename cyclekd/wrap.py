@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +28,7 @@ def wrap_multicycle(
     cycles: int = 2,
     *,
     inference_cycles: int = 1,
-    stack: str | None = None,
+    stack: str | Sequence[str] | None = None,
     example_inputs: Any = None,
     loss: CycleLoss | None = None,
 ) -> ModuleT:
@@ -41,8 +42,12 @@ def wrap_multicycle(
 
     `stack` is the dotted path of the blocks to cycle, such as "blocks" or "blocks.4:10"; without it `find_stacks`
     chooses, for which some models need `example_inputs` (a tensor, a tuple of arguments or a dict of keyword
-    arguments). `loss` makes the objective in `CycleOutput.loss` where the base computes a loss itself, as Hugging Face
-    models do when they get labels; the default is `CycleLoss()`.
+    arguments). A list of paths, such as ["encoder.block", "decoder.block"], cycles several stacks in the same passes:
+    each starts from the tokens with which it was itself left in the pass before, so that the decoder's second cycle
+    reads the encoder's second; `tokens` then holds those of all stacks, in order.
+
+    `loss` makes the objective in `CycleOutput.loss` where the base computes a loss itself, as Hugging Face models do
+    when they get labels; the default is `CycleLoss()`.
 
     Wrap before `accelerator.prepare`, DDP, `torch.compile` and the like. Raises CycleError where a model cannot be
     cycled.
@@ -52,11 +57,10 @@ def wrap_multicycle(
     _check_wrappable(model)
     if loss is not None and not isinstance(loss, CycleLoss):
         raise CycleError(f"wrap_multicycle(loss={loss!r}): give a CycleLoss, such as CycleLoss({loss!r})")
-    path = choose_stack(model, example_inputs) if stack is None else stack
-    stack_blocks(model, path)  # raises where the path leads nowhere
+    paths = _stack_paths(model, stack, example_inputs)
     _check_statistics(model)
     _drop_leftover_forward(model)
-    model.__dict__[STATE] = Reentry(path, cycles, inference_cycles, loss or CycleLoss())
+    model.__dict__[STATE] = Reentry(paths, cycles, inference_cycles, loss or CycleLoss())
     base: Any = type(model)
     model.__class__ = _cycling_class(base)
     sync_hooks(model)
@@ -181,6 +185,12 @@ def _single_pass(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def one_pass(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         state: Reentry = self.__dict__[STATE]
+        if state.inference_cycles > 1:
+            raise CycleError(
+                f"{type(self).__name__}.{method.__name__}() makes one pass, since a key-value cache belongs to one "
+                f"cycle, and inference_cycles is {state.inference_cycles}: call set_cycles(model, inference_cycles=1) "
+                "first, or call the model on the whole sequence for every token"
+            )
         before, state.single_pass = state.single_pass, True
         try:
             return method(self, *args, **kwargs)
@@ -204,7 +214,7 @@ def _forward(
             f"{type(model).__name__} runs in several threads under nn.DataParallel, which share one set of hooks: use "
             "DistributedDataParallel (accelerate launch, torchrun), or set CUDA_VISIBLE_DEVICES to one device"
         )
-    if not torch.compiler.is_compiling() and not state.stands_on(stack_blocks(model, state.path)):
+    if not torch.compiler.is_compiling() and not state.stands_on(stack_blocks(model, path) for path in state.paths):
         sync_hooks(model)  # `training` was set by hand, blocks were exchanged, or others put hooks on them
     output = state.run(forward, cycles, args, kwargs)
     if not all_cycles:
@@ -262,7 +272,8 @@ def sync_hooks(model: nn.Module) -> None:
     wanted = model.training or several or state.owes_recomputation()
     state.remove()
     if wanted:
-        state.install(stack_blocks(model, state.path), stem_modules(model, state.path), _batch_norms(model))
+        blocks = [stack_blocks(model, path) for path in state.paths]
+        state.install(blocks, stem_modules(model, state.paths), _batch_norms(model))
 
 
 def _batch_norms(model: nn.Module) -> list[nn.Module]:
@@ -319,6 +330,20 @@ def _has_leftover_forward(model: nn.Module) -> bool:
 def _drop_leftover_forward(model: nn.Module) -> None:
     if _has_leftover_forward(model):
         del model.forward
+
+
+def _stack_paths(model: nn.Module, stack: str | Sequence[str] | None, example_inputs: Any) -> list[str]:
+    """The paths of the stacks to cycle, each of which leads to blocks, and no two to the same."""
+    if stack is None:
+        return [choose_stack(model, example_inputs)]
+    paths: list[Any] = list(stack) if isinstance(stack, (list, tuple)) else [stack]
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise CycleError(f'wrap_multicycle(stack={stack!r}): give a path such as "blocks", or a list of paths')
+    inside = [{part for block in stack_blocks(model, path) for part in block.modules()} for path in paths]
+    for (path, parts), (other, others) in combinations(zip(paths, inside, strict=True), 2):
+        if parts & others:
+            raise CycleError(f"wrap_multicycle(stack=[...]): {path!r} and {other!r} have blocks in common: name one")
+    return paths
 
 
 def _check_statistics(model: nn.Module) -> None:

@@ -104,7 +104,7 @@ def test_reentrant_checkpointing_is_refused():
 
 def test_a_torch_that_hides_its_frames_leads_to_a_refusal(monkeypatch):
     monkeypatch.setattr("cyclekd.checkpointing.FRAMES_ARE_VISIBLE", False)
-    monkeypatch.setattr("cyclekd.reentry.FRAMES_ARE_VISIBLE", False)
+    monkeypatch.setattr("cyclekd.stack_hooks.FRAMES_ARE_VISIBLE", False)
     model = wrap_multicycle(toys.CheckpointedToy(), 2)
     with pytest.raises(CycleError, match=r"'blocks' is recomputed.*does not show it. Update to 2.8"):
         model(toys.images()).outputs[1].sum().backward()

@@ -13,6 +13,7 @@ LAYERS = [
     {"errors", "structure", "checkpointing", "randomness", "_version"},
     {"outputs", "probe", "caches", "slots", "stem"},
     {"stacks", "passes", "losses"},
+    {"stack_hooks"},
     {"reentry"},
     {"wrap"},
     {"report"},

@@ -116,8 +116,8 @@ def test_a_block_with_some_numbered_children_is_one_block():
 
 def test_stem_is_what_stands_outside_the_stack():
     model = toys.Toy()
-    assert stem_modules(model, "blocks") == [model.stem, model.norm, model.head]
-    assert stem_modules(model, "blocks.1:3") == [model.stem, model.blocks[0], model.norm, model.head]
+    assert stem_modules(model, ["blocks"]) == [model.stem, model.norm, model.head]
+    assert stem_modules(model, ["blocks.1:3"]) == [model.stem, model.blocks[0], model.norm, model.head]
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

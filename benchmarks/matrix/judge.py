@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.matrix.repeated import Cycle, Truth, all_finite, gradients, leaves, relative_error
+from benchmarks.matrix.repeated import Cycle, Truth, all_finite, gradient_error, gradients, leaves, relative_error
 from benchmarks.matrix.row import Row
 from cyclekd import CycleError, CycleOutput, run_cycles, set_cycles, wrap_multicycle
 from cyclekd.stacks import choose_stack, stack_blocks
@@ -176,22 +176,13 @@ def _gradient_error(wrapped: nn.Module, found: CycleOutput, truth: Truth) -> flo
     for output, tokens, cycle in zip(found.outputs, found.tokens, truth.training, strict=True):
         ours = gradients(wrapped, (output, tokens))
         theirs = gradients(truth.model, (cycle.output, _as_carried(tokens, cycle.tokens)))
-        errors.append(_gradient_distance(ours, theirs))
+        errors.append(gradient_error(ours, theirs))
     return max(errors)
 
 
 def _as_carried(tokens: Any, left: tuple[Tensor, ...]) -> Any:
     matching = tuple(match for match, _ in _matches(tokens, left))
     return matching[0] if isinstance(tokens, Tensor) else matching
-
-
-def _gradient_distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    largest = max(_peak(gradient) for gradient in theirs.values())
-    return max(_peak(ours[name] - gradient) / max(_peak(gradient), 1e-3 * largest) for name, gradient in theirs.items())
-
-
-def _peak(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
 def _control(cycles: list[Cycle]) -> float:
@@ -230,7 +221,7 @@ def _checkpointing(row: Row, path: str, found: CycleOutput) -> str:
     without = gradients(plain, _seeded_call(plain, row))
     try:
         _enable_checkpointing(plain)
-        distance = _gradient_distance(gradients(plain, _seeded_call(plain, row)), without)
+        distance = gradient_error(gradients(plain, _seeded_call(plain, row)), without)
     except Exception as error:
         return f"the plain model fails: {_short(error)}"
     if not distance <= CHECKPOINT_TOLERANCE:
@@ -241,7 +232,7 @@ def _checkpointing(row: Row, path: str, found: CycleOutput) -> str:
     try:
         output = _train(wrapped, row)
         with _count_calls(stack_blocks(wrapped, path)) as recomputed:
-            distance = _gradient_distance(gradients(wrapped, _floating(output)), without)
+            distance = gradient_error(gradients(wrapped, _floating(output)), without)
     except CycleError as refusal:
         return f"refused: {refusal}"
     if not distance <= CHECKPOINT_TOLERANCE:

@@ -175,6 +175,16 @@ def _error(found: Tensor, expected: Tensor) -> float:
     return error.item() if error.isfinite() else math.inf
 
 
+def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """The same by parameter; gradients that are rounding alone (of key biases) count by the largest of all."""
+    largest = max(_peak(gradient) for gradient in expected.values())
+    return max(_peak(found[name] - each) / max(_peak(each), 1e-3 * largest) for name, each in expected.items())
+
+
+def _peak(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
 def all_finite(value: Any) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in leaves(value).values())
 
