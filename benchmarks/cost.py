@@ -12,13 +12,10 @@ that median. Absolute times mean little elsewhere. FLOPs are counted, not estima
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import platform
 import random
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,9 +32,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+if not __package__:  # run as a script: the folder in which `benchmarks` lies is where imports start
+    sys.path[0] = str(Path(__file__).parents[1])
+
+from benchmarks.records import RESULTS, free_path, origin, write_rows
 from cyclekd import CycleLoss, CycleOutput, wrap_multicycle
 
-RESULTS = Path(__file__).parent / "results"
 TRAINING = ("plain", "ideal", "wrapped", "plain checkpointed", "wrapped checkpointed")
 EVALUATION = ("plain eval", "plain eval again", "wrapped eval")
 
@@ -52,7 +52,8 @@ def main() -> None:
     rows = [as_row(name, seconds, flops, memory) for name in (*TRAINING, *EVALUATION)]
     print_table(rows, args)
     path = free_path(RESULTS / f"cost-{args.model}-n{args.cycles}-{mode(args)}-torch{torch.__version__}.csv")
-    write_rows(path, rows, provenance(args))
+    source = provenance(args)
+    write_rows(path, [row | source for row in rows])
     print(f"\nwritten to {path}")
 
 
@@ -258,31 +259,14 @@ def mode(args: argparse.Namespace) -> str:
 
 def provenance(args: argparse.Namespace) -> dict[str, str]:
     cuda = args.device.startswith("cuda")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "batch size": str(args.batch_size),
         "rounds": str(args.rounds),
         "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", *sys.argv]),
+        **origin(),
     }
-
-
-def write_rows(path: Path, rows: list[dict[str, object]], source: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("x", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *source])
-        writer.writeheader()
-        writer.writerows(row | source for row in rows)
-
-
-def free_path(path: Path) -> Path:
-    """`path`, or the first numbered neighbour that does not exist yet; earlier results stay."""
-    numbered = (path.with_stem(f"{path.stem}-{i}") for i in range(2, 10**6))
-    return path if not path.exists() else next(each for each in numbered if not each.exists())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from benchmarks import cost
+from benchmarks.records import free_path
 
 SMALL = argparse.Namespace(
     model="deit_tiny_patch16_224", cycles=2, batch_size=1, rounds=2, device="cpu", threads=1, bf16=False, compile=False,
@@ -26,9 +27,9 @@ def test_a_ratio_is_the_paired_median_within_its_interval():
 
 
 def test_earlier_results_are_kept(tmp_path):
-    assert cost.free_path(tmp_path / "cost-1.2.csv") == tmp_path / "cost-1.2.csv"
+    assert free_path(tmp_path / "cost-1.2.csv") == tmp_path / "cost-1.2.csv"
     (tmp_path / "cost-1.2.csv").touch(), (tmp_path / "cost-1.2-2.csv").touch()
-    assert cost.free_path(tmp_path / "cost-1.2.csv") == tmp_path / "cost-1.2-3.csv"
+    assert free_path(tmp_path / "cost-1.2.csv") == tmp_path / "cost-1.2-3.csv"
 
 
 @pytest.mark.parametrize(
