@@ -8,10 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from cyclekd.errors import CycleError
+from cyclekd.looking import Look
 from cyclekd.randomness import RandomState
-from cyclekd.slots import Slot, depends_on, fits, floating, gradient_nodes, slots_by_identity, slots_by_shape
+from cyclekd.slots import (
+    Slot,
+    fits,
+    floating,
+    slots_by_identity,
+    slots_by_shape,
+)
 from cyclekd.stem import versions
-from cyclekd.structure import copied, get, leaves, own_containers
+from cyclekd.structure import Leaf, Path, copied, get, leaves, own_containers
 
 
 @dataclass
@@ -44,7 +51,7 @@ class Visit:
     last: Any = None  # result of the last block call
     left: Any = None  # the same, as it left
     versions: list[int] = field(default_factory=list)  # of the tensors in `left`, at that time
-    inputs: Any = None  # (args, kwargs) of the block call before
+    beside: dict[Path, list[Tensor]] = field(default_factory=dict)  # what blocks got that was not handed to them
     pending: tuple[Slot, ...] = ()  # slots seen at the block call that is running
     moved: tuple[Slot, ...] = ()  # those of `slots` whose tensors the blocks change: the tokens
     calls: int = 0  # of blocks
@@ -60,32 +67,38 @@ class Visit:
                 "another stack=..."
             )
         self.pending = handed_on if not self.slots else ()
-        renewed = _renewed(self, inputs, handed_on)
-        if handed_on and not renewed:
+        fresh = self._fresh(inputs, handed_on)
+        if handed_on and not fresh:
             return
         self.glued = True
         if self.look is None:
             return
-        if handed_on:
-            if depends_on(renewed, gradient_nodes(self.last), past=set()):
-                raise CycleError(
-                    f"the blocks of the stack {self.path!r} hand on several tensors, and one of them is changed "
-                    f"between two blocks, so that it cannot be told what {type(block).__name__} carries: change it "
-                    "inside the block"
-                )
-            return
-        if not depends_on([tensor for _, tensor in floating(inputs)], gradient_nodes(self.last), past=set()):
-            raise CycleError(
-                f"a block of the stack {self.path!r} ({type(block).__name__}) does not receive what the one before it "
-                "returned, so that they are no stack but stand side by side: choose another stack=..."
-            )
         carried = [get(self.last, exit_) for _, exit_ in self.slots]
-        if depends_on(inputs, self.look.sources, past=gradient_nodes(carried)):
-            raise CycleError(
-                f"what enters the stack {self.path!r} reaches its later blocks past the first {type(block).__name__} "
-                "(as in x = x + block(x)), so that a cycle would only replace a part of it: put the residual inside "
-                "the block, and list whole blocks"
-            )
+        if handed_on:
+            self.look.check_beside(type(block).__name__, fresh, self.last, carried)
+        else:
+            tokens = [get(inputs, entry) for entry, _ in self.slots]
+            self.look.check_tokens(type(block).__name__, [*fresh, *tokens], self.last, carried)
+
+    def _fresh(self, inputs: Any, handed_on: tuple[Slot, ...]) -> list[Leaf]:
+        """Inputs that no block before got at the same place, and that could hold something of the tokens.
+
+        Masks and the like are the same objects for every block, or for every block of a kind.
+        """
+        known = {entry for entry, _ in handed_on}
+        left = [tensor for _, tensor in floating(self.last) if not tensor.is_nested]
+        shapes = [tensor.shape for tensor in left]
+        with_gradient = any(tensor.requires_grad for tensor in left)
+        fresh = []
+        for entry, tensor in floating(inputs):
+            beside = self.beside.setdefault(entry, [])
+            if entry in known or tensor.is_nested or any(tensor is earlier for earlier in beside):
+                continue
+            of_width = any(tensor.shape[-1:] == shape[-1:] for shape in shapes)
+            if tensor.shape in shapes or (tensor.requires_grad if with_gradient else of_width):
+                fresh.append((entry, tensor))
+            beside.append(tensor)
+        return fresh
 
     def leave(self, inputs: Any, output: Any) -> None:
         """A block call is over: keep what left last, and learn what is carried from one call to the next."""
@@ -111,23 +124,6 @@ class Visit:
         return slots
 
 
-@dataclass
-class Look:
-    """What entered the stack, as part of the autograd graph."""
-
-    sources: set[Any] = field(default_factory=set)
-    frozen: list[Tensor] = field(default_factory=list)  # had no gradient, and shall have none afterwards
-
-    def at(self, entering: list[Any]) -> None:
-        tokens = [each for each in entering if isinstance(each, Tensor) and each.is_floating_point()]
-        self.frozen = [each.requires_grad_() for each in tokens if not each.requires_grad]
-        self.sources = gradient_nodes(tokens)
-
-    def end(self) -> None:
-        for tokens in self.frozen:
-            tokens.requires_grad_(False)
-
-
 def tokens_left(visit: Visit, slots: tuple[Slot, ...]) -> tuple[Tensor, ...]:
     """The carried tensors as they left the stack, one for each slot."""
     found = [get(visit.left, exit_) for _, exit_ in slots]
@@ -140,13 +136,6 @@ def tokens_left(visit: Visit, slots: tuple[Slot, ...]) -> tuple[Tensor, ...]:
             "that they are no longer what the next cycle starts from: write x = x + y there instead of x += y"
         )
     return tokens
-
-
-def reaches(visit: Visit, output: Any) -> bool:
-    """Whether what left the stack has a part in `output`, as the autograd graph tells."""
-    left = [get(visit.left, exit_) for _, exit_ in visit.slots]
-    returned = [tensor for _, tensor in floating(output)]
-    return not returned or depends_on(returned, gradient_nodes(left), past=set())
 
 
 def _no_tokens(visit: Visit) -> str:
@@ -163,20 +152,6 @@ def _no_tokens(visit: Visit) -> str:
         f'({left}), so it cannot be entered again: choose a part that keeps them, as in stack="blocks.4:10"; '
         "find_stacks(model) lists what fits"
     )
-
-
-def _renewed(visit: Visit, inputs: Any, handed_on: tuple[Slot, ...]) -> list[Tensor]:
-    """Inputs of a block that look like something the one before returned, but are neither that nor what it received."""
-    shapes = [tensor.shape for _, tensor in floating(visit.last) if not tensor.is_nested]
-    known = {entry for entry, _ in handed_on}
-    return [
-        tensor
-        for entry, tensor in floating(inputs)
-        if entry not in known
-        and tensor is not get(visit.inputs, entry)
-        and not tensor.is_nested
-        and tensor.shape in shapes
-    ]
 
 
 def _is_moved(left: Any, entered: Any) -> bool:

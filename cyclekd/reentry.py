@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from cyclekd.caches import calls_with_own_caches
 from cyclekd.checkpointing import Frame, enclosing_frames
 from cyclekd.errors import CycleError
+from cyclekd.looking import Look, reaches
 from cyclekd.outputs import CycleOutput
-from cyclekd.passes import Look, Pass, Visit, reaches, tokens_left
+from cyclekd.passes import Pass, Visit, tokens_left
 from cyclekd.randomness import RandomState, random_state, set_random_state
 from cyclekd.slots import Handover, Slot
 from cyclekd.stack_hooks import StackHooks
 from cyclekd.stem import StemCall
-from cyclekd.structure import leaves, own_containers
+from cyclekd.structure import get, leaves, own_containers
 
 TRACKS = "track_running_stats"
 
@@ -223,7 +224,7 @@ class Reentry:
         remembered, self.remembers_stem = self.remembers_stem, False
         several = len(self.stacks) > 1
         visits = tuple(
-            Visit(stack.path, False, each.slots, _cut_off(each.tensors) if several else (), Look())
+            Visit(stack.path, False, each.slots, _cut_off(each.tensors) if several else (), Look(stack.path))
             for stack, each in zip(self.stacks, carried, strict=True)
         )
         # Cycle 1 has updated the running statistics, this pass does not: so it counts as a later one.
@@ -311,7 +312,7 @@ def _cut_off(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _check_that_it_counts(visit: Visit, output: Any) -> None:
-    if not reaches(visit, output):
+    if not reaches([get(visit.left, exit_) for _, exit_ in visit.slots], output):
         raise CycleError(
             f"what leaves the stack {visit.path!r} in a later cycle reaches the output only through the entry of "
             "another stack, where a cycle puts that stack's own tokens: cycling both would leave its later cycles "

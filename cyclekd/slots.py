@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
@@ -81,18 +82,36 @@ def gradient_nodes(value: Any) -> set[Any]:
     return {get_gradient_edge(tensor).node for _, tensor in leaves(value) if tensor.requires_grad}
 
 
-def depends_on(value: Any, sources: set[Any], past: set[Any]) -> bool:
-    """Whether a tensor in `value` was computed from one of the nodes `sources` without going through one of `past`."""
-    seen, waiting = set(past), list(gradient_nodes(value))
+def depends_on(value: Any, sources: set[Any], past: set[Any], since: int = 0) -> bool:
+    """Whether a tensor in `value` was computed from one of the nodes `sources` without going through one of `past`.
+
+    With `since`, a time that `autograd_time` gave, what was computed from the sources before then does not count.
+    """
+    seen = set(past)
+    waiting = [(node, LATEST) for node in gradient_nodes(value)]
     while waiting:
-        node = waiting.pop()
+        node, used_at = waiting.pop()
+        if node in sources and node not in past:
+            if used_at >= since:
+                return True
+            continue
         if node in seen:
             continue
-        if node in sources:
-            return True
         seen.add(node)
-        waiting += [following for following, _ in node.next_functions if following is not None]
+        waiting += [(following, _made_at(node)) for following, _ in node.next_functions if following is not None]
     return False
+
+
+LATEST = 2**64
+
+
+def autograd_time() -> int:
+    """The number that autograd gives to the node it makes next; they grow."""
+    return _made_at((torch.ones((), requires_grad=True) + 0).grad_fn)
+
+
+def _made_at(node: Any) -> int:
+    return int(node._sequence_nr()) if hasattr(node, "_sequence_nr") else LATEST
 
 
 def floating(value: Any) -> list[Leaf]:

@@ -13,7 +13,7 @@ from cyclekd.errors import CycleError
 from cyclekd.passes import Pass, Visit
 from cyclekd.randomness import set_random_state
 from cyclekd.slots import Handover, Slot
-from cyclekd.structure import get, own_containers
+from cyclekd.structure import get, leaves, own_containers
 
 if TYPE_CHECKING:
     from cyclekd.reentry import Reentry
@@ -76,7 +76,6 @@ class StackHooks:
         visit.calls += 1
         if visit.first_block is not None:
             visit.follow(block, inputs)
-            visit.inputs = inputs
             return None
         self._enter(run, visit, block, inputs)
         if not visit.carried:
@@ -89,9 +88,10 @@ class StackHooks:
     def _enter(self, run: Pass, visit: Visit, block: nn.Module, inputs: Any) -> None:
         if run.in_stem and run.live_draws is not None:
             set_random_state(run.live_draws)
-        visit.first_block, visit.entry, visit.inputs = block, inputs, inputs
+        visit.first_block, visit.entry = block, inputs
+        visit.beside = {entry: [tensor] for entry, tensor in leaves(inputs)}
         if visit.look is not None:
-            visit.look.at([get(visit.entry, entry) for entry, _ in visit.slots])
+            visit.look.begin(inputs, [get(inputs, entry) for entry, _ in visit.slots])
 
     def _after_block(self, args: Any, kwargs: Any, output: Any) -> None:
         run = self.reentry.current

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "cyclekd"
 LAYERS = [
     {"errors", "structure", "checkpointing", "randomness", "_version"},
     {"outputs", "probe", "caches", "slots", "stem"},
-    {"stacks", "passes", "losses"},
+    {"stacks", "looking", "losses"},
+    {"passes"},
     {"stack_hooks"},
     {"reentry"},
     {"wrap"},

@@ -148,6 +148,59 @@ def test_what_the_first_block_makes_is_handed_to_later_cycles_too():
     assert isinstance(output.tokens[0], torch.Tensor)
 
 
+def reading_all_before(model, x):
+    states = x[:, :0]
+    for block in model.blocks:
+        states, x = torch.cat([states, x], 1), block(x, states)
+    return x
+
+
+def reading_a_gate(model, x):
+    for block in model.blocks:
+        x = block(x, 2 * x)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("loop", "message"),
+    [
+        (reading_all_before, r"what enters the stack 'blocks' reaches its later blocks past the first BesideBlock"),
+        (reading_a_gate, r"computed from them before every block \(BesideBlock, argument \(0, 1\)\)"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.parametrize("mode", ["training", "evaluation"])
+def test_what_tells_of_the_stems_tokens_beside_the_carried_ones_is_refused(loop, message, mode):
+    model = wrap_multicycle(toys.FunctionToy(toys.BesideBlock, loop=loop), 2, inference_cycles=2)
+    with torch.set_grad_enabled(mode == "training"), pytest.raises(CycleError, match=message):
+        model.train(mode == "training")(toys.images())
+
+
+def test_a_share_of_the_stem_for_every_block_is_the_same_in_every_cycle():
+    def loop(model, x):
+        shares = torch.tanh(x).chunk(5, 1)
+        for i, block in enumerate(model.blocks):
+            x = block(x, shares[i % 3])
+        return x
+
+    assert_cycles_match_repeated_blocks(toys.FunctionToy(toys.BesideBlock, loop=loop), toys.images())
+
+
+def test_what_is_computed_between_blocks_starts_anew_in_every_cycle():
+    def loop(model, x):
+        beside = None
+        for block in model.blocks:
+            x = block(x, beside)
+            beside = 2 * x[:, :2]
+        return x
+
+    model = toys.FunctionToy(toys.BesideBlock, loop=loop)
+    output, tokens = wrap_multicycle(model, 3)(toys.images()), model.stem(toys.images())
+    for found in output.tokens:
+        tokens = loop(model, tokens)
+        torch.testing.assert_close(found, tokens, rtol=1e-5, atol=1e-6)
+
+
 def test_blocks_side_by_side_are_no_stack():
     def loop(model, x):
         return model.blocks[0](x) + model.blocks[1](-x) + model.blocks[2](2 * x)

@@ -411,6 +411,13 @@ class ValueBlock(Block):
         return super().forward(x) + value, value
 
 
+class BesideBlock(Block):
+    """Reads something beside its tokens, of their shape or of another number of rows."""
+
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        return super().forward(x) if beside is None else super().forward(x) + torch.sin(beside).mean(1, keepdim=True)
+
+
 class DictBlock(Block):
     """Works on the dict that it is given."""
 
