@@ -43,5 +43,18 @@ def _is_cache(name: str, value: Any) -> bool:
 
 def _is_filled(cache: Any) -> bool:
     if hasattr(cache, "get_seq_length"):
-        return bool(cache.get_seq_length() > 0)
+        return _length(cache) > 0 or any(_holds_state(layer) for layer in getattr(cache, "layers", ()))
     return not isinstance(cache, (tuple, list)) or len(cache) > 0
+
+
+def _length(cache: Any) -> int:
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # a cache of recurrent layers alone, which have no length
+        return 0
+
+
+def _holds_state(layer: Any) -> bool:
+    """Of a recurrent layer, such as Mamba's."""
+    states = getattr(layer, "has_previous_state", False)
+    return any(states.values()) if isinstance(states, dict) else states is True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -58,7 +59,8 @@ def _configs(model: nn.Module) -> dict[int, Any]:
 def _deepen(config: Any, times: int) -> None:
     for name in ("num_hidden_layers", "layer_types"):
         if getattr(config, name, None) is not None:
-            setattr(config, name, getattr(config, name) * times)
+            with suppress(AttributeError):  # worked out from the others by some configs
+                setattr(config, name, getattr(config, name) * times)
 
 
 # -- what it computes --------------------------------------------------------------------------------------------
@@ -87,8 +89,9 @@ class Truth:
         tokens: Callable[[Any], Any],
         lengthen: Callable[[nn.Module, int], None] | None = None,
         loop: Loop | None = None,
+        last_round: Callable[[Any, int], Any] | None = None,
     ) -> None:
-        self.model, self.path, self.tokens, self.loop = model, path, tokens, loop
+        self.model, self.path, self.tokens, self.loop, self.last_round = model, path, tokens, loop, last_round
         self.args, self.kwargs = inputs
         if loop is not None:
             self.longer = [model] * 3
@@ -114,9 +117,9 @@ class Truth:
         if self.loop is not None:
             output, left = self.loop(longer, times, self.args, self.kwargs)
             return output, self.tokens(left)
-        return self.run_longer(longer)
+        return self.run_longer(longer, times)
 
-    def run_longer(self, longer: nn.Module) -> tuple[Any, Any]:
+    def run_longer(self, longer: nn.Module, times: int) -> tuple[Any, Any]:
         left: list[Any] = []
 
         def keep(block: nn.Module, args: Any, output: Any) -> None:
@@ -127,6 +130,8 @@ class Truth:
             output = longer(*self.args, **self.kwargs)
         finally:
             handle.remove()
+        if self.last_round is not None:
+            output = self.last_round(output, times)
         return output, self.tokens(left[0])
 
 

@@ -23,6 +23,7 @@ class Row(NamedTuple):
     path: str = ""  # of the stack; the matrix takes the one that is found where this is empty
     tokens: Callable[[Any], Any] = first_tensor  # the carried tensors in what the last block returned
     lengthen: Callable[[nn.Module, int], None] | None = None  # what else a longer list needs to be told
+    last_round: Callable[[Any, int], Any] | None = None  # its output without what it returns for earlier rounds' blocks
     task: str = ""
     loop: Loop | None = None  # the truth where a longer list would not do what a cycle is defined to do
 
@@ -33,7 +34,7 @@ class Row(NamedTuple):
             return make_nondegenerate(hold_still(self.make()))
 
     def truth(self) -> Truth:
-        return Truth(self.build(), self.path, self.inputs(), self.tokens, self.lengthen, self.loop)
+        return Truth(self.build(), self.path, self.inputs(), self.tokens, self.lengthen, self.loop, self.last_round)
 
 
 def hold_still(model: nn.Module) -> nn.Module:
