@@ -23,8 +23,8 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.matrix.repeated import make_nondegenerate
 from cyclekd import CycleLoss, set_cycles, wrap_multicycle
-from repeated import make_nondegenerate
 
 WORLD = 2
 BATCH = 3  # on each rank

@@ -20,8 +20,9 @@ import transformers as hf
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from cyclekd import CycleError, CycleLoss, CycleOutput, unwrap_multicycle, wrap_multicycle
-from repeated import make_nondegenerate
+from benchmarks.matrix.repeated import make_nondegenerate
+from cyclekd import CycleError, CycleLoss, CycleOutput, run_cycles, set_cycles, unwrap_multicycle, wrap_multicycle
+from examples.wrap_hf import LossTerms
 
 SIZE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 Rows = list[dict[str, Any]]
@@ -104,6 +105,10 @@ def image_rows(count: int = 8, dtype: torch.dtype = torch.float64) -> Rows:
 def text_rows(count: int = 8) -> Rows:
     draw = torch.Generator().manual_seed(2)
     return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 31, (count, 6), generator=draw)]
+
+
+def sentence_rows() -> Rows:
+    return [{**row, "labels": i % 2} for i, row in enumerate(text_rows())]
 
 
 def whole_batch(rows: Rows) -> dict[str, Tensor]:
@@ -239,6 +244,21 @@ def test_trainer_evaluates_the_plain_model_with_compute_metrics(tmp_path: Path) 
     assert found["eval_accuracy"] == pytest.approx(expected)
 
 
+def test_evaluating_between_the_steps_shows_the_plain_model_and_leaves_the_training_as_it_is(tmp_path: Path) -> None:
+    rows = image_rows(dtype=torch.float32)
+    undisturbed, evaluated = wrap_multicycle(vit()), wrap_multicycle(vit())
+    trainer(undisturbed, rows, tmp_path, max_steps=3).train()
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    more = {"eval_dataset": rows, "compute_metrics": accuracy}
+    run = trainer(evaluated, rows, tmp_path, more, max_steps=3, per_device_eval_batch_size=3, **every_step)
+    run.train()
+    assert torch.equal(weights(evaluated), weights(undisturbed))
+    for step, log in enumerate((log for log in run.state.log_history if "eval_loss" in log), start=1):
+        plain = hf.ViTForImageClassification.from_pretrained(tmp_path / f"checkpoint-{step}")
+        expected = trainer(plain, rows, tmp_path, more, per_device_eval_batch_size=3).evaluate()
+        assert (log["eval_loss"], log["eval_accuracy"]) == (expected["eval_loss"], expected["eval_accuracy"])
+
+
 def test_trainer_predicts_one_row_of_logits_per_image(tmp_path: Path) -> None:
     rows = image_rows(dtype=torch.float32)
     model = vit()
@@ -247,31 +267,71 @@ def test_trainer_predicts_one_row_of_logits_per_image(tmp_path: Path) -> None:
     torch.testing.assert_close(torch.as_tensor(found.predictions), expected)
 
 
-def test_trainer_loads_the_best_checkpoint_into_the_wrapped_model(tmp_path: Path) -> None:
-    # Not a ViT: transformers 5.23 renames its keys on saving, and then finds no block of a plain one either.
+# Not a ViT: transformers 5.23 renames its keys on saving, and then finds no block of a plain one either (see below).
+@pytest.mark.parametrize("family", ["convnext", "bert"])
+def test_trainer_loads_the_best_checkpoint_into_the_wrapped_model(family: str, tmp_path: Path) -> None:
+    make, rows = {**FAMILIES, "bert": (bert, sentence_rows)}[family]
     scores = iter([1.0, 0.5, 0.25])  # the first evaluation is the best
-    rows = image_rows(dtype=torch.float32)
-    model = wrap_multicycle(convnext())
-    run = trainer(
-        model,
-        rows,
-        tmp_path,
-        {"eval_dataset": rows, "compute_metrics": lambda prediction: {"score": next(scores)}},
-        max_steps=3,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
-    )
-    run.train()
-    load = hf.ConvNextForImageClassification.from_pretrained
-    best, last = (weights(load(tmp_path / f"checkpoint-{step}")) for step in (1, 3))
-    assert torch.equal(weights(model), best)
-    assert not torch.equal(best, last)
-    assert isinstance(model.train()(**whole_batch(rows)), CycleOutput)
+    model = wrap_multicycle(make())
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score", "greater_is_better": True}
+    more = {"eval_dataset": rows(), "compute_metrics": lambda prediction: {"score": next(scores)}}
+    model.double()
+    trainer(model, rows(), tmp_path, more, max_steps=3, **every_step, **best).train()
+    first, last = (weights(type(make()).from_pretrained(tmp_path / f"checkpoint-{step}")) for step in (1, 3))
+    assert torch.equal(weights(model), first)
+    assert not torch.equal(first, last)
+    assert isinstance(model.train()(**whole_batch(rows())), CycleOutput)
+
+
+# -- resuming ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopped_after", [1, 3], ids=["within the first epoch", "within the second"])
+def test_a_resumed_training_ends_with_the_bits_of_an_uninterrupted_one(stopped_after: int, tmp_path: Path) -> None:
+    """With dropout, so that the random numbers too have to go on where they were."""
+    args = {
+        "max_steps": 5,
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "train_sampling_strategy": "random",
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+
+    def make_dropping() -> hf.PreTrainedModel:
+        model = bert()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.1
+        return wrap_multicycle(model)
+
+    uninterrupted, resumed = make_dropping(), make_dropping()
+    trainer(uninterrupted, sentence_rows(), tmp_path, **args).train()
+    make_nondegenerate(resumed, seed=5)  # whatever it starts from
+    torch.manual_seed(5)
+    run = trainer(resumed, sentence_rows(), tmp_path / "resumed", **args)
+    run.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{stopped_after}"))
+    assert torch.equal(weights(resumed), weights(uninterrupted))
+    saved = type(resumed).from_pretrained(tmp_path / f"checkpoint-{stopped_after}")
+    assert not torch.equal(weights(saved), weights(uninterrupted))
+
+
+def test_a_vit_is_resumed_as_far_as_the_plain_one_is(tmp_path: Path) -> None:
+    """transformers 5.23 leaves the blocks of both at their new weights, and says so only in a warning."""
+
+    def restored(wrap: Callable[[nn.Module], nn.Module], folder: Path) -> list[bool]:
+        rows = image_rows(dtype=torch.float32)
+        saved, resumed = wrap(vit()), wrap(make_nondegenerate(vit(), seed=5))
+        trainer(saved, rows, folder, save_strategy="steps", save_steps=1).train()
+        trainer(resumed, rows, folder).train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+        return [torch.equal(a, b) for a, b in zip(saved.parameters(), resumed.parameters(), strict=True)]
+
+    found, plain = restored(wrap_multicycle, tmp_path / "wrapped"), restored(lambda model: model, tmp_path / "plain")
+    assert found == plain
+    assert any(plain)
 
 
 def test_a_model_saved_by_trainer_loads_into_the_stock_class_with_equal_logits(tmp_path: Path) -> None:
@@ -363,23 +423,126 @@ def test_the_one_liner_accumulates_rightly_once_the_trainer_knows_it_is_a_mean(t
     assert distance(step(2, 4, loss_is_scaled_for_ga=False), at_once) < 1e-5
 
 
-# -- generate ------------------------------------------------------------------------------------------------
+# -- every term in the logs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_generate_equals_the_plain_model_and_makes_one_pass(training: bool) -> None:
-    prompt = torch.tensor([[3, 4, 5], [6, 7, 8]])
-    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-    plain = gpt2().eval().generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+class Tracker(hf.TrainerCallback):
+    """Stands where `report_to` puts TensorBoard and the like, and keeps what it is given."""
 
-    model = wrap_multicycle(gpt2(), 3).train(training)
-    calls: list[int] = []
-    model.transformer.h[0].register_forward_hook(lambda *args: calls.append(1))
-    found = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    assert torch.equal(found, plain)
-    assert len(calls) == 6
-    if training:
-        assert len(model(prompt).outputs) == 3  # and cycling goes on afterwards
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        self.seen.append({**logs, "step": state.global_step})
+
+
+TERMS = {"task_1", "task_2", "tokens_1_2", "mse_tokens_1_2", "alpha_tokens_1_2"}
+
+
+def logged(
+    model: nn.Module, criterion: CycleLoss, rows: Rows, folder: Path, more: dict[str, Any] | None = None, **args: Any
+) -> list[dict[str, Any]]:
+    """The training logs, in which `LossTerms` has put its own, and which a tracker has seen alike."""
+    tracker = Tracker()
+    options = {"logging_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **args}
+    run = trainer(model.double(), rows, folder, {"callbacks": [tracker], **(more or {})}, **options)
+    run.callback_handler.callbacks.insert(0, LossTerms(criterion))
+    run.train()
+    assert tracker.seen == run.state.log_history
+    return [log for log in tracker.seen if "loss" in log]
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext", "llama"])
+def test_the_logs_hold_the_mean_of_every_term_over_all_micro_batches(family: str, tmp_path: Path) -> None:
+    make, rows = FAMILIES[family]
+    criterion = CycleLoss(alpha=0.5)
+    model = wrap_multicycle(make(), loss=criterion)
+    found = logged(model, criterion, rows(), tmp_path, max_steps=6, learning_rate=0.0)  # three epochs of two steps
+    assert [log["step"] for log in found] == [2, 4, 6]
+
+    micro = [whole_batch(rows()[i : i + 2]) for i in range(0, 8, 2)]
+    parts = [criterion(model.train()(**batch)).logs() for batch in micro]
+    for name in TERMS:
+        expected = sum(part[name].item() for part in parts) / 4
+        assert [log[name] for log in found] == pytest.approx([expected] * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", [CycleLoss, lambda: CycleLoss(alpha=0.5)], ids=["rho", "alpha"])
+@pytest.mark.parametrize("family", ["vit", "convnext", "llama"])
+def test_the_logged_terms_add_up_to_the_loss_that_the_trainer_logs(
+    family: str, objective: Callable[[], CycleLoss], tmp_path: Path
+) -> None:
+    make, rows = FAMILIES[family]
+    uneven = rows()[:7]  # the second step of an epoch has a micro-batch of two rows and one of a single row
+    if family == "llama":
+        uneven = [{**row, "labels": row["labels"].clone()} for row in uneven]
+        for i, row in enumerate(uneven):
+            row["labels"][:i] = -100
+    criterion = objective()
+    model = wrap_multicycle(make(), loss=criterion)
+    found = logged(model, criterion, uneven, tmp_path, max_steps=5, logging_steps=1)
+    assert len(found) == 5
+    for log in found:
+        assert log.keys() >= TERMS
+        assert log["task_1"] + log["task_2"] + log["tokens_1_2"] == pytest.approx(log["loss"], rel=1e-5)
+        assert log["tokens_1_2"] > 0
+
+
+def test_terms_of_a_loss_of_ones_own_are_logged_too(tmp_path: Path) -> None:
+    criterion = CycleLoss(smoothed, prediction_weight=0.1)
+    half = {"compute_loss_func": lambda out, y, **k: criterion(out, y).total / 2}
+    found = logged(wrap_multicycle(vit()), criterion, image_rows(), tmp_path, half, max_steps=2)
+    assert found[0].keys() >= {*TERMS, "predictions_1_2"}
+    whole = sum(found[0][name] for name in ("task_1", "task_2", "tokens_1_2", "predictions_1_2"))
+    assert whole == pytest.approx(found[0]["loss"], rel=1e-5)
+
+
+def test_evaluation_leaves_no_mark_on_the_logged_terms(tmp_path: Path) -> None:
+    class Evaluating(hf.TrainerCallback):
+        """Computes the objective of other data at every evaluation, as a report of all cycles does."""
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+            with torch.no_grad():
+                assert run_cycles(model, **whole_batch(image_rows(5))).loss is not None
+
+    def terms(**args: Any) -> list[dict[str, Any]]:
+        criterion = CycleLoss()
+        model = wrap_multicycle(vit(), inference_cycles=2, loss=criterion)
+        more = {"eval_dataset": image_rows(5), "callbacks": [Evaluating(), Tracker()]}
+        run = trainer(model.double(), image_rows(), tmp_path, more, max_steps=4, logging_steps=2, **args)
+        run.callback_handler.callbacks.insert(0, LossTerms(criterion))
+        run.train()
+        return [{name: log[name] for name in TERMS} for log in run.state.log_history if "loss" in log]
+
+    assert terms(eval_strategy="steps", eval_steps=1) == terms()
+
+
+def test_terms_wait_for_the_log_as_tensors_without_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion = CycleLoss()
+    terms = LossTerms(criterion)
+    model = wrap_multicycle(vit(), loss=criterion).train()
+    for name in ("item", "__float__", "tolist"):
+        monkeypatch.setattr(Tensor, name, lambda tensor: pytest.fail("a step waited for the device"))
+    model(**whole_batch(image_rows(dtype=torch.float32)), num_items_in_batch=torch.tensor(8)).loss.backward()
+    assert terms.sums.keys() == TERMS | {"loss"}
+    assert all(isinstance(value, Tensor) and value.grad_fn is None for value in terms.sums.values())
+
+
+# -- schedules -----------------------------------------------------------------------------------------------
+
+
+def test_a_callback_sets_the_cycles_of_every_step(tmp_path: Path) -> None:
+    class Ramp(hf.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+            set_cycles(model, 1 + state.global_step)
+
+    model = wrap_multicycle(vit())
+    runs: list[int] = []
+    model.register_forward_pre_hook(lambda *args: runs.append(0))
+    model.vit.layers[0].register_forward_hook(lambda *args: runs.append(runs.pop() + 1))
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 3}
+    trainer(model, image_rows(dtype=torch.float32), tmp_path, {"callbacks": [Ramp()]}, **sizes).train()
+    assert runs == [1, 1, 2, 2, 3, 3]
 
 
 # -- gradient checkpointing ----------------------------------------------------------------------------------
@@ -411,7 +574,7 @@ CHECKPOINTED = {
     "bert": (
         bert,
         "bert.encoder.layer.0",
-        lambda: {**whole_batch(text_rows(3)), "labels": torch.tensor([0, 1, 0])},
+        lambda: whole_batch(sentence_rows()[:3]),
     ),
 }
 
