@@ -229,7 +229,7 @@ def _in_fp32(tokens: Tensor) -> Tensor:
 
 
 def base_loss(output: Any) -> Tensor | None:
-    """The loss inside a base output (`.loss`, `["loss"]`, or a leading scalar of a tuple), or None."""
+    """The scalar loss inside a base output (`.loss`, `["loss"]`, or the first of a tuple), or None."""
     if isinstance(output, Tensor):
         return None
     if isinstance(output, Mapping):
@@ -239,7 +239,7 @@ def base_loss(output: Any) -> Tensor | None:
         loss = output[0] if output and isinstance(output[0], Tensor) and output[0].ndim == 0 else None
     else:
         loss = getattr(output, "loss", None)
-    return loss if isinstance(loss, Tensor) else None
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
 
 
 def prediction(output: Any) -> Tensor | None:

@@ -30,6 +30,14 @@ class CycleOutput(NamedTuple):
             f"cycle 1 (the deployed one) or .outputs[-1].{name} for the last, or call model.eval() first"
         )
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise CycleError(
+            f"{getattr(function, '__name__', function)}() got a CycleOutput, which holds one output per cycle: make "
+            "the loss of all of them, CycleLoss(task)(outputs, labels).total, take .outputs[0] for cycle 1 (the one "
+            "deployed), or call model.eval() first"
+        )
+
     def __getitem__(self, index: Any) -> Any:
         if index == 0 and self.loss is None:
             raise CycleError(

@@ -159,13 +159,25 @@ def _cycling_class(base: Any) -> Any:
         sync_hooks(self)
         return self
 
+    def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return base(
+            *args, **kwargs
+        )  # type(model)(config) and from_pretrained: a model of its own, which is not wrapped
+
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        return _new_wrapped, (base,), self.__dict__
+        state = object.__reduce_ex__(self, 2)[2]  # what the base's __getstate__ says, if it has one
+        if not isinstance(state, dict) or STATE not in state:
+            raise CycleError(_uncopyable(base, "__getstate__"))
+        return _new_wrapped, (base,), state
+
+    def deepcopy(self: nn.Module, memo: Any) -> Any:
+        raise CycleError(_uncopyable(base, "__deepcopy__"))
 
     members: dict[str, Any] = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
+        "__new__": new,
         "__reduce_ex__": reduce,  # pickle and deepcopy: the class itself stands in no module
         "_cyclekd_base": base,
         "forward": forward,
@@ -173,12 +185,26 @@ def _cycling_class(base: Any) -> Any:
     }
     if hasattr(base, "generate"):
         members["generate"] = _single_pass(base.generate)
-    return type(base.__name__, (base,), members)
+    if hasattr(base, "__deepcopy__"):
+        members["__deepcopy__"] = deepcopy
+    try:
+        return type(base.__name__, (base,), members)
+    except TypeError as error:
+        raise CycleError(
+            f"{base.__name__} allows no subclass of itself ({error}), which wrapping in place needs: wrap a module "
+            "that holds it, with a forward that calls it"
+        ) from error
 
 
 def _new_wrapped(base: Any) -> Any:
-    cls = _cycling_class(base)
-    return cls.__new__(cls)
+    return base.__new__(_cycling_class(base))
+
+
+def _uncopyable(base: Any, method: str) -> str:
+    return (
+        f"{base.__name__} says by its own {method} how it is copied, and that leaves the cycles out: unwrap_multicycle "
+        "first, copy, and wrap both"
+    )
 
 
 def _single_pass(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -24,3 +24,9 @@ def test_it_is_a_named_tuple_with_the_loss_first():
     assert output[0] == 1 and output[1:] == ((1, 2), (3, 4)) and output[-1] == (3, 4)
     loss, outputs, tokens = output
     assert (loss, outputs, tokens) == (1, (1, 2), (3, 4))
+
+
+def test_a_loss_function_that_gets_it_says_what_to_write():
+    output = CycleOutput(None, (torch.zeros(2, 3),) * 2, (torch.zeros(1),) * 2)
+    with pytest.raises(CycleError, match=r"cross_entropy.*CycleLoss\(task\)\(outputs, labels\)\.total.*outputs\[0\]"):
+        torch.nn.functional.cross_entropy(output, torch.tensor([0, 1]))

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import os
 import pickle
 import warnings
 
@@ -316,3 +317,52 @@ def test_peft_adapters_train_in_cycles_and_merge_into_the_base(order):
         base = unwrap_multicycle(model).merge_and_unload()
     assert type(base) is toys.Toy
     torch.testing.assert_close(base(x), expected)
+
+
+class KeepingFile(toys.Toy):
+    """Holds something that cannot be copied, and says so."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = open(os.devnull)
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "log"}
+
+
+class Forgetful(toys.Toy):
+    """Is copied by its weights alone."""
+
+    def __getstate__(self):
+        return {"weights": self.state_dict()}
+
+
+class SelfCopying(toys.Toy):
+    def __deepcopy__(self, memo):
+        return type(self)()
+
+
+def test_a_model_is_copied_as_it_says_itself():
+    twin = copy.deepcopy(wrap_multicycle(KeepingFile(), 2))
+    assert not hasattr(twin, "log") and len(twin(toys.images()).outputs) == 2
+
+
+@pytest.mark.parametrize(("make", "method"), [(Forgetful, "__getstate__"), (SelfCopying, "__deepcopy__")])
+def test_a_copy_that_would_train_without_cycles_is_refused(make, method):
+    with pytest.raises(CycleError, match=rf"{make.__name__} says by its own {method}.*unwrap_multicycle"):
+        copy.deepcopy(wrap_multicycle(make(), 2))
+
+
+def test_a_model_made_by_the_class_of_a_wrapped_one_is_not_wrapped_and_can_be():
+    fresh = type(wrap_multicycle(toys.Toy(), 2))()
+    assert type(fresh) is toys.Toy
+    assert len(wrap_multicycle(fresh, 3)(toys.images()).outputs) == 3
+
+
+def test_a_class_that_allows_no_subclass_is_refused():
+    class Registered(toys.Toy):
+        def __init_subclass__(cls, *, name):
+            super().__init_subclass__()
+
+    with pytest.raises(CycleError, match="Registered allows no subclass of itself"):
+        wrap_multicycle(Registered(), 2)

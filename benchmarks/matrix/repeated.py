@@ -29,9 +29,15 @@ def repeat_blocks(model: nn.Module, path: str, times: int) -> nn.Module:
     owner, part = _split(model, path)
     shared = [*model.parameters(), *model.buffers(), *blocks_at(model, path)]
     longer = copy.deepcopy(model, {id(each): each for each in shared})
-    every = list(longer.get_submodule(owner)._modules.values())
-    repeated = every[: part.start] + every[part] * times + every[part.stop :]
-    longer.get_submodule(owner)._modules = {str(i): block for i, block in enumerate(repeated)}
+    container = longer.get_submodule(owner)
+    every = list(container._modules.items())
+    if isinstance(container, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        blocks = [block for _, block in every]
+        repeated = blocks[: part.start] + blocks[part] * times + blocks[part.stop :]
+        container._modules = {str(i): block for i, block in enumerate(repeated)}
+    elif times > 1:  # its forward calls blocks by their names: what is to come after the last one is put into its place
+        name, last = every[part][-1]
+        setattr(container, name, nn.Sequential(last, *[block for _, block in every[part]] * (times - 1)))
     for each in _configs(longer).keys() - _configs(model).keys():  # the blocks still hold the short model's
         _deepen(_configs(longer)[each], times)
     return longer
@@ -227,7 +233,7 @@ def make_nondegenerate(model: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter not in drawn:  # tied ones once
+                if parameter not in drawn and parameter.numel():  # tied ones once
                     parameter.copy_(_redrawn(module, name, parameter, normal))
                     drawn.add(parameter)
             if getattr(module, "running_var", None) is not None:
