@@ -27,3 +27,21 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page, capsys):
 def test_every_link_leads_to_a_file(page):
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+WORKS_WITH = (ROOT / "docs" / "works-with.md").read_text()
+TESTS = re.findall(r"^(\d+)\. \[`(test_\w+)`\]\(\.\./tests/(\w+\.py)\)$", WORKS_WITH, re.M)
+
+
+@pytest.mark.parametrize(("number", "test", "file"), TESTS)
+def test_every_test_that_backs_a_claim_exists(number, test, file):
+    assert f"def {test}(" in (ROOT / "tests" / file).read_text()
+
+
+def test_every_cell_of_what_works_with_what_names_its_tests():
+    cells = [cell for row in re.findall(r"^\| (.*) \|$", WORKS_WITH, re.M) for cell in row.split(" | ")[1:]]
+    claims = [cell for cell in cells if cell not in ("-", "in training", "in evaluation, and unwrapped")]
+    assert len(claims) > 30
+    assert [claim for claim in claims if not re.search(r"\[\d+\]", claim)] == []
+    named = set(re.findall(r"\[(\d+)\]\(#tests\)", WORKS_WITH))
+    assert named == {number for number, _, _ in TESTS}
