@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from cyclekd.errors import CycleError
-from cyclekd.slots import autograd_time, depends_on, floating, gradient_nodes
+from cyclekd.slots import autograd_time, depends_on, floating, gradient_nodes, upstream
 from cyclekd.structure import Leaf, get
 
 
@@ -23,6 +23,7 @@ class Look:
     path: str  # of the stack
     entry: Any = None  # (args, kwargs) of the first block call
     sources: set[Any] = field(default_factory=set)  # made what entered
+    origins: set[Any] = field(default_factory=set)  # made what that was computed from, and is of its size
     passed: set[Any] = field(default_factory=set)  # made what blocks handed on
     since: int = 0  # when the first block was called
     frozen: list[Tensor] = field(default_factory=list)  # had no gradient, and shall have none afterwards
@@ -32,6 +33,11 @@ class Look:
         tokens = [each for each in entering if isinstance(each, Tensor) and each.is_floating_point()]
         self.frozen = [each.requires_grad_() for each in tokens if not each.requires_grad]
         self.entry, self.sources, self.since = entry, gradient_nodes(tokens), autograd_time()
+        self.origins = upstream(self.sources, tokens)
+
+    def follow(self, carried: list[Any]) -> None:
+        """Another block is called; `carried` left the one before."""
+        self.passed |= gradient_nodes(carried)
 
     def end(self) -> None:
         """Leave the tensors as they were found."""
@@ -40,18 +46,19 @@ class Look:
 
     def check_tokens(self, block: str, tokens: list[Any], left: Any, carried: list[Any]) -> None:
         """Where something happens to the tokens, they have to come through the block before, and nowhere else."""
-        if not depends_on(tokens, gradient_nodes(left), past=set()):
+        if not depends_on(tokens, gradient_nodes(left)):
             raise CycleError(
                 f"a block of the stack {self.path!r} ({block}) does not receive what the one before it returned, so "
                 "that they are no stack but stand side by side: choose another stack=..."
             )
-        if depends_on(tokens, self.sources, gradient_nodes(carried), self.since):
+        # A frozen stem has no graph to see a residual stream in; then nothing may pass even the last block by.
+        past = gradient_nodes(carried) if self.frozen else self.passed
+        if depends_on(tokens, self.sources | self.origins, past, self.since):
             self._refuse_what_passes_by(block)
 
     def check_beside(self, block: str, fresh: list[Leaf], left: Any, carried: list[Any]) -> None:
         """Where the tokens are handed on, what comes beside them must not hold what a later cycle has to replace."""
         handed_on = gradient_nodes(carried)
-        self.passed |= handed_on
         for entry, tensor in fresh:
             if depends_on(tensor, gradient_nodes(left) - handed_on, past=handed_on):
                 raise CycleError(
@@ -59,7 +66,7 @@ class Look:
                     f"between two blocks, so that it cannot be told what {block} carries: change it inside the block"
                 )
             at_first = get(self.entry, entry)
-            if depends_on(tensor, handed_on, past=set()) and depends_on(at_first, self.sources, past=set()):
+            if depends_on(tensor, handed_on) and depends_on(at_first, self.sources):
                 raise CycleError(
                     f"the blocks of the stack {self.path!r} receive, beside the tokens, something that is computed "
                     f"from them before every block ({block}, argument {entry}), and a later cycle would enter with "
@@ -67,8 +74,11 @@ class Look:
                 )
             # What was computed from the stem's tokens before the first block is the same in every cycle, unless it is
             # mixed with what blocks returned: then it is part of what the loop keeps.
-            is_kept_by_the_loop = depends_on(tensor, self.passed, past=set())
-            if depends_on(tensor, self.sources, self.passed, since=0 if is_kept_by_the_loop else self.since):
+            if depends_on(tensor, self.passed):
+                passes_by = depends_on(tensor, self.sources | self.origins, self.passed)
+            else:
+                passes_by = depends_on(tensor, self.sources, self.passed, self.since)
+            if passes_by:
                 self._refuse_what_passes_by(block)
 
     def _refuse_what_passes_by(self, block: str) -> None:
@@ -80,6 +90,5 @@ class Look:
 
 
 def reaches(left: list[Any], output: Any) -> bool:
-    """Whether what left a stack has a part in `output`, where that holds tensors."""
-    returned = [tensor for _, tensor in floating(output)]
-    return not returned or depends_on(returned, gradient_nodes(left), past=set())
+    """Whether what left a stack is seen to have a part in `output`."""
+    return depends_on([tensor for _, tensor in floating(output)], gradient_nodes(left))

@@ -55,7 +55,7 @@ class Visit:
     pending: tuple[Slot, ...] = ()  # slots seen at the block call that is running
     moved: tuple[Slot, ...] = ()  # those of `slots` whose tensors the blocks change: the tokens
     calls: int = 0  # of blocks
-    glued: bool = False  # something happens to the tokens between two blocks
+    needs_look: bool = False  # something happens between two blocks, to the tokens or to what goes beside them
 
     def follow(self, block: nn.Module, inputs: Any) -> None:
         """A block call after the first: learn which tensors are handed on, refuse a second way into the stack."""
@@ -67,13 +67,15 @@ class Visit:
                 "another stack=..."
             )
         self.pending = handed_on if not self.slots else ()
+        carried = [get(self.last, exit_) for _, exit_ in self.slots]
+        if self.look is not None:
+            self.look.follow(carried)
         fresh = self._fresh(inputs, handed_on)
         if handed_on and not fresh:
             return
-        self.glued = True
+        self.needs_look = True
         if self.look is None:
             return
-        carried = [get(self.last, exit_) for _, exit_ in self.slots]
         if handed_on:
             self.look.check_beside(type(block).__name__, fresh, self.last, carried)
         else:
@@ -83,7 +85,8 @@ class Visit:
     def _fresh(self, inputs: Any, handed_on: tuple[Slot, ...]) -> list[Leaf]:
         """Inputs that no block before got at the same place, and that could hold something of the tokens.
 
-        Masks and the like are the same objects for every block, or for every block of a kind.
+        Masks and the like are the same objects for every block, or for every block of a kind. Where the tokens have a
+        gradient, what has none was not computed from them.
         """
         known = {entry for entry, _ in handed_on}
         left = [tensor for _, tensor in floating(self.last) if not tensor.is_nested]
@@ -94,8 +97,7 @@ class Visit:
             beside = self.beside.setdefault(entry, [])
             if entry in known or tensor.is_nested or any(tensor is earlier for earlier in beside):
                 continue
-            of_width = any(tensor.shape[-1:] == shape[-1:] for shape in shapes)
-            if tensor.shape in shapes or (tensor.requires_grad if with_gradient else of_width):
+            if tensor.requires_grad or not with_gradient or tensor.shape in shapes:
                 fresh.append((entry, tensor))
             beside.append(tensor)
         return fresh

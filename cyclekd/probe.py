@@ -141,7 +141,7 @@ def _from_config(model: nn.Module) -> Iterator[Arguments]:
         "input_ids": [text["input_ids"]],
     }
     main = getattr(model, "main_input_name", "input_ids")
-    for name in dict.fromkeys((main, *mains)):
+    for name in dict.fromkeys((*([main] if isinstance(main, str) else main), *mains)):
         for value in mains.get(name, []):
             if name not in accepted:
                 continue

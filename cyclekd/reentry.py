@@ -75,7 +75,7 @@ class Reentry:
         self.remembers_stem = False
         self.in_stem = False  # a remembered call is running
         self.first_draws: RandomState | None = None  # the random state with which the first pass began
-        self.glue_is_known = False  # what stands between the blocks was looked at, and lets nothing pass them by
+        self.looked_at: set[tuple[bool, ...]] = set()  # the stacks that needed a look, in the looks that were taken
         self.every_stack_counts = len(paths) == 1  # every stack was seen to reach the output in later cycles
         self.current: Pass | None = None
         self.frames: WeakKeyDictionary[Any, FrameRecord] = WeakKeyDictionary()
@@ -134,13 +134,15 @@ class Reentry:
 
     # -- the passes --------------------------------------------------------------------------------------------------
 
-    def run(self, forward: Callable[..., Any], cycles: int, args: Any, kwargs: Any) -> CycleOutput:
+    def run(
+        self, forward: Callable[..., Any], cycles: int, args: Any, kwargs: Any, remembers_stem: bool = True
+    ) -> CycleOutput:
         """All cycles of one call, without the objective."""
         calls = calls_with_own_caches(args, kwargs, cycles)
         traced = torch.compiler.is_compiling()
         outputs, tokens = [], []
         carried = [Carried() for _ in self.stacks]
-        self.remembers_stem = cycles > 1
+        self.remembers_stem = cycles > 1 and remembers_stem
         try:
             for cycle, (pass_args, pass_kwargs) in enumerate(calls[:cycles]):
                 if cycles > 1 and not traced:
@@ -211,7 +213,7 @@ class Reentry:
     # -- one look at what cannot be told from block calls --------------------------------------------------------------
 
     def _has_to_look(self, done: Pass) -> bool:
-        return not self.every_stack_counts or (not self.glue_is_known and any(visit.glued for visit in done.visits))
+        return not self.every_stack_counts or (_needs(done) not in self.looked_at and any(_needs(done)))
 
     def _look(self, forward: Callable[..., Any], carried: Sequence[Carried], args: Any, kwargs: Any) -> None:
         """Once per model: a pass of its own, with gradients, that raises where tokens pass the blocks by."""
@@ -232,6 +234,13 @@ class Reentry:
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices):
                 output = forward(*args, **kwargs)
+        except RuntimeError as error:
+            if "leaf Variable" not in str(error):
+                raise
+            raise CycleError(
+                f"a block of {self.paths} writes in place on its input, which comes from a frozen stem, so that it "
+                "cannot be looked at what happens between the blocks: write x = x + y there instead of x += y"
+            ) from error
         finally:
             for visit in visits:
                 visit.look.end()  # type: ignore[union-attr]
@@ -239,7 +248,7 @@ class Reentry:
         for visit in visits if several else ():
             _check_that_it_counts(visit, output)
         self.every_stack_counts = True
-        self.glue_is_known = any(visit.glued for visit in looking.visits)
+        self.looked_at.add(_needs(looking))
 
     def _unseen(self) -> str:
         if not self.every_stack_counts:
@@ -307,6 +316,10 @@ def _call(function: Callable[..., Any], *args: Any) -> Any:
 _call_outside_graphs: Callable[..., Any] = _call
 
 
+def _needs(run: Pass) -> tuple[bool, ...]:
+    return tuple(visit.needs_look for visit in run.visits)
+
+
 def _cut_off(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(each.detach().requires_grad_(each.is_floating_point()) for each in tensors)
 
@@ -314,7 +327,7 @@ def _cut_off(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _check_that_it_counts(visit: Visit, output: Any) -> None:
     if not reaches([get(visit.left, exit_) for _, exit_ in visit.slots], output):
         raise CycleError(
-            f"what leaves the stack {visit.path!r} in a later cycle reaches the output only through the entry of "
-            "another stack, where a cycle puts that stack's own tokens: cycling both would leave its later cycles "
-            f"without effect. Cycle one of them, as in stack={visit.path!r}"
+            f"what leaves the stack {visit.path!r} in a later cycle is not seen to reach the output, other than "
+            "through the entry of another stack, where a cycle puts that stack's own tokens: cycling both would leave "
+            f"its later cycles without effect. Cycle one of them, as in stack={visit.path!r}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -82,7 +84,7 @@ def gradient_nodes(value: Any) -> set[Any]:
     return {get_gradient_edge(tensor).node for _, tensor in leaves(value) if tensor.requires_grad}
 
 
-def depends_on(value: Any, sources: set[Any], past: set[Any], since: int = 0) -> bool:
+def depends_on(value: Any, sources: set[Any], past: AbstractSet[Any] = frozenset(), since: int = 0) -> bool:
     """Whether a tensor in `value` was computed from one of the nodes `sources` without going through one of `past`.
 
     With `since`, a time that `autograd_time` gave, what was computed from the sources before then does not count.
@@ -100,6 +102,25 @@ def depends_on(value: Any, sources: set[Any], past: set[Any], since: int = 0) ->
         seen.add(node)
         waiting += [(following, _made_at(node)) for following, _ in node.next_functions if following is not None]
     return False
+
+
+def upstream(nodes: set[Any], tokens: list[Tensor]) -> set[Any]:
+    """The nodes from which `nodes` were computed and that made something of the size of one of `tokens`."""
+    sizes = {each.numel() for each in tokens if not each.is_nested}
+    seen: set[Any] = set()
+    waiting = [before for node in nodes for before, _ in node.next_functions]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [before for before, _ in node.next_functions]
+    # Nodes without any before them hold parameters and inputs.
+    return {node for node in seen if node.next_functions and not sizes.isdisjoint(_sizes_made(node))}
+
+
+def _sizes_made(node: Any) -> list[int]:
+    return [math.prod(made.shape) for made in getattr(node, "_input_metadata", ())]
 
 
 LATEST = 2**64

@@ -160,12 +160,15 @@ def _cycling_class(base: Any) -> Any:
         return self
 
     def new(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return base(
-            *args, **kwargs
-        )  # type(model)(config) and from_pretrained: a model of its own, which is not wrapped
+        # type(model)(config) and from_pretrained make a model of their own, which is not wrapped.
+        return base(*args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        state = object.__reduce_ex__(self, 2)[2]  # what the base's __getstate__ says, if it has one
+        for method in ("__reduce__", "__reduce_ex__"):
+            if getattr(base, method) is not getattr(object, method):
+                raise CycleError(_uncopyable(base, method))
+        # Python 3.10 has no default.
+        state = base.__getstate__(self) if hasattr(base, "__getstate__") else self.__dict__
         if not isinstance(state, dict) or STATE not in state:
             raise CycleError(_uncopyable(base, "__getstate__"))
         return _new_wrapped, (base,), state
@@ -197,7 +200,7 @@ def _cycling_class(base: Any) -> Any:
 
 
 def _new_wrapped(base: Any) -> Any:
-    return base.__new__(_cycling_class(base))
+    return object.__new__(_cycling_class(base))
 
 
 def _uncopyable(base: Any, method: str) -> str:
@@ -242,10 +245,17 @@ def _forward(
         )
     if not torch.compiler.is_compiling() and not state.stands_on(stack_blocks(model, path) for path in state.paths):
         sync_hooks(model)  # `training` was set by hand, blocks were exchanged, or others put hooks on them
-    output = state.run(forward, cycles, args, kwargs)
+    output = state.run(forward, cycles, args, kwargs, remembers_stem=not _collects_states(model, kwargs))
     if not all_cycles:
         return output.outputs[-1]
     return CycleOutput(_objective(model, state, output, kwargs), output.outputs, output.tokens)
+
+
+def _collects_states(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether every pass has to run the stem too, since Hugging Face models collect the states of its layers."""
+    config = getattr(model, "config", None)
+    names = ("output_hidden_states", "output_attentions")
+    return any(kwargs.get(name, getattr(config, name, False)) for name in names)
 
 
 def _objective(model: nn.Module, state: Reentry, output: CycleOutput, kwargs: dict[str, Any]) -> Tensor | None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -71,7 +71,9 @@ def judge(library: str, row: Row) -> Judgement:
             _judge(row, result)
         except Imprecise as reason:
             _judge(_in_double(row), result)
-            result.reason += f"compared in double precision, since in single {reason}"
+            result.reason = "; ".join(
+                filter(None, [result.reason, f"compared in double precision: in single, {reason}"])
+            )
     except Unfit as reason:
         result.reason = str(reason)
     except CycleError as refusal:
@@ -174,10 +176,16 @@ def _output_error(found: CycleOutput, expected: list[Cycle]) -> float:
     return max(errors)
 
 
-def _matches(tokens: Any, left: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, float]]:
+def _matches(tokens: Any, left: tuple[Tensor, ...]) -> list[tuple[Tensor, float]]:
     """For every carried tensor, the one among those that left the last block which it is, and how far it is off."""
+    others, matches = list(left), []
     for tensor in leaves(tokens).values():
-        yield min(((each, relative_error(tensor, each)) for each in left), key=lambda match: match[1])
+        errors = [relative_error(tensor, other) for other in others]
+        nearest = min(range(len(others)), key=errors.__getitem__)
+        matches.append((others.pop(nearest), errors[nearest]))
+    if not matches:
+        raise Wrong("no tokens were returned")
+    return matches
 
 
 def _gradient_error(wrapped: nn.Module, found: CycleOutput, truth: Truth) -> float:
@@ -212,11 +220,19 @@ def _check_control(result: Judgement, truth: Truth) -> None:
 
 
 def _losses(found: CycleOutput) -> str:
+    """Whether every cycle has a loss; the objective is then that of equations (1) to (4), written out."""
     losses = [leaves(output).get(".loss") for output in found.outputs]
     if any(loss is None or loss.numel() > 1 for loss in losses):
         return "none"
-    if found.loss is None or not found.loss.isfinite():
-        raise Wrong("the model computes a loss, and the CycleOutput has none")
+    task = sum(losses)
+    total = task
+    for students, teachers in pairwise(found.tokens):
+        for student, teacher in zip(leaves(students).values(), leaves(teachers).values(), strict=True):
+            total = total + 0.3 * task.detach().abs() * (student - teacher).square().mean() / teacher.detach().var(
+                correction=0
+            )
+    if not relative_error(found.loss, total) <= TOLERANCE:
+        raise Wrong(f"the objective is {found.loss}, and {total} when it is written out")
     return "every cycle"
 
 
@@ -280,7 +296,7 @@ def _enable_checkpointing(model: nn.Module) -> bool:
 
 
 def _hidden_states(row: Row, path: str, found: CycleOutput) -> str:
-    """Each cycle returns as many hidden states as the plain model, and the last is that of the repeated list."""
+    """Each cycle returns as many hidden states as the plain model, and the last one that its repeated list has."""
     plain = row.build()
     if not hasattr(plain, "config"):
         return ""
@@ -294,7 +310,13 @@ def _hidden_states(row: Row, path: str, found: CycleOutput) -> str:
     for cycle in _train(wrapped, row, output_hidden_states=True).outputs:
         if {name: len(states) for name, states in _states(cycle).items()} != {n: len(s) for n, s in expected.items()}:
             raise Wrong("a cycle returns another number of hidden states than the plain model")
-    return "as many"
+    try:
+        longer = _states(_seeded_call(_truth(row, path).longer[-1].train(), row, output_hidden_states=True))
+        last = {name: states[-1] for name, states in longer.items()}
+    except Exception:  # what longer models collect is their own business, and may not be made for it
+        return "as many"
+    ours = {name: states[-1] for name, states in _states(cycle).items()}
+    return "as many, the last the same" if relative_error(ours, last) <= TOLERANCE else "as many"
 
 
 def _states(output: Any) -> dict[str, Any]:

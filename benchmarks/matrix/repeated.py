@@ -65,7 +65,7 @@ def _configs(model: nn.Module) -> dict[int, Any]:
 def _deepen(config: Any, times: int) -> None:
     for name in ("num_hidden_layers", "layer_types"):
         if getattr(config, name, None) is not None:
-            with suppress(AttributeError):  # worked out from the others by some configs
+            with suppress(AttributeError, NotImplementedError, TypeError):  # worked out from others by some configs
                 setattr(config, name, getattr(config, name) * times)
 
 
@@ -133,7 +133,7 @@ class Truth:
 
         handle = blocks_at(self.model, self.path)[-1].register_forward_hook(keep)
         try:
-            output = longer(*self.args, **self.kwargs)
+            output = longer(*copy.deepcopy(self.args), **copy.deepcopy(self.kwargs))  # some models write on theirs
         finally:
             handle.remove()
         if self.last_round is not None:
@@ -189,7 +189,8 @@ def _error(found: Tensor, expected: Tensor) -> float:
 def gradient_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """The same by parameter; gradients that are rounding alone (of key biases) count by the largest of all."""
     largest = max(_peak(gradient) for gradient in expected.values())
-    return max(_peak(found[name] - each) / max(_peak(each), 1e-3 * largest) for name, each in expected.items())
+    errors = [_peak(found[name] - each) / max(_peak(each), 1e-3 * largest) for name, each in expected.items()]
+    return max(error if math.isfinite(error) else math.inf for error in errors)
 
 
 def _peak(tensor: Tensor) -> float:
@@ -245,6 +246,10 @@ def make_nondegenerate(model: nn.Module, seed: int = 0) -> nn.Module:
 def _redrawn(module: nn.Module, name: str, old: Tensor, normal: Callable[[Tensor], Tensor]) -> Tensor:
     if isinstance(module, nn.Embedding):
         return 0.5 * normal(old)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and name == "weight":
+        return 1 + 0.1 * normal(old)  # some start close to 0
+    if not old.isfinite().all() or old.abs().max() > 1e3:
+        old = torch.zeros_like(old)  # memory that nothing was written to yet
     if name == "weight" and old.ndim >= 2:
         gain = 0.5 if getattr(module, "groups", 1) > 1 else 1.0  # DaVit adds depthwise convolutions unnormed
         return gain * normal(old) / math.sqrt(old[0].numel())  # keeps the scale of what passes through
