@@ -4,7 +4,9 @@ import random
 import sys
 
 import pytest
+import torch
 
+import cyclekd.reentry
 import cyclekd.slots
 import toys
 from benchmarks import coverage
@@ -41,8 +43,12 @@ def test_a_row_of_the_matrix_is_judged_as_recorded(rows, key):
     assert (found.verdict, found.stack) == (expected["verdict"], expected["stack"]), found.reason
 
 
-def toy_row(make=toys.Toy, **more):
-    return Row("toy", make, lambda: ((toys.images(),), {}), **more)
+def toy_row(make=toys.Toy, inputs=lambda: ((toys.images(),), {}), **more):
+    return Row("toy", make, inputs, **more)
+
+
+def labelled():
+    return (toys.images(),), {"labels": torch.tensor([0, 1])}
 
 
 def test_the_judge_sees_a_handover_that_is_left_out(monkeypatch):
@@ -58,6 +64,28 @@ def test_the_judge_sees_tokens_that_are_off_by_little(monkeypatch):
 
     monkeypatch.setattr("cyclekd.stack_hooks.Handover", Inexact)
     assert judge("toys", toy_row()).verdict == "wrong"
+
+
+def test_the_judge_sees_gradients_that_are_no_numbers(monkeypatch):
+    class Unbounded(cyclekd.slots.Handover):
+        def __call__(self, args, kwargs):
+            args, kwargs = super().__call__(args, kwargs)
+            for tensor in args:
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: gradient * float("nan"))
+            return args, kwargs
+
+    monkeypatch.setattr("cyclekd.stack_hooks.Handover", Unbounded)
+    found = judge("toys", toy_row())
+    assert found.verdict == "wrong" and "gradients differs" in found.reason
+
+
+@pytest.mark.parametrize("broken", [{"tokens": ((),) * 3}, {"loss": None}], ids=str)
+def test_the_judge_misses_neither_tokens_nor_the_objective(monkeypatch, broken):
+    run = cyclekd.reentry.Reentry.run
+    monkeypatch.setattr("cyclekd.reentry.Reentry.run", lambda *args, **kw: run(*args, **kw)._replace(**broken))
+    monkeypatch.setattr("cyclekd.wrap._objective", lambda model, state, output, kwargs: output.loss)
+    assert judge("toys", toy_row(toys.LossToy, inputs=labelled)).verdict == "wrong"
 
 
 def test_the_judge_demands_cycles_that_differ():

@@ -161,10 +161,19 @@ def reading_a_gate(model, x):
     return x
 
 
+def with_a_residual_stream_beside(model, x):
+    stream, x = x, model.norm(x)
+    for block in model.blocks:
+        x = block(x, stream)
+        stream = stream + x
+    return x
+
+
 @pytest.mark.parametrize(
     ("loop", "message"),
     [
         (reading_all_before, r"what enters the stack 'blocks' reaches its later blocks past the first BesideBlock"),
+        (with_a_residual_stream_beside, r"what enters the stack 'blocks' reaches its later blocks past the first"),
         (reading_a_gate, r"computed from them before every block \(BesideBlock, argument \(0, 1\)\)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -174,6 +183,61 @@ def test_what_tells_of_the_stems_tokens_beside_the_carried_ones_is_refused(loop,
     model = wrap_multicycle(toys.FunctionToy(toys.BesideBlock, loop=loop), 2, inference_cycles=2)
     with torch.set_grad_enabled(mode == "training"), pytest.raises(CycleError, match=message):
         model.train(mode == "training")(toys.images())
+
+
+def test_two_blocks_around_which_a_residual_is_added_are_refused():
+    def loop(model, x):
+        for block in model.blocks:
+            x = x + block(model.norm(x))
+        return x
+
+    with pytest.raises(CycleError, match="reaches its later blocks past the first Block"):
+        wrap_multicycle(toys.FunctionToy(loop=loop, depth=2), 2)(toys.images())
+
+
+def test_a_similarity_of_the_tokens_before_every_block_is_seen_without_gradients_too():
+    def loop(model, x):
+        for block in model.blocks:
+            x = block(x, x @ x.mT)
+        return x
+
+    model = wrap_multicycle(toys.FunctionToy(SimilarityBlock, loop=loop), 2, inference_cycles=2).eval()
+    with torch.no_grad(), pytest.raises(CycleError, match=r"computed from them before every block \(SimilarityBlock"):
+        model(toys.images())
+
+
+class SimilarityBlock(toys.Block):
+    def forward(self, x, similarity):
+        return super().forward(x) + similarity.softmax(-1) @ x
+
+
+@pytest.mark.parametrize("where", ["beside", "added between"])
+def test_a_skip_from_an_earlier_block_is_one_within_the_cycle(where):
+    def loop(model, x):
+        skip = None
+        for number, block in enumerate(model.blocks):
+            x = block(x, skip) if where == "beside" and number == 3 else block(x)
+            skip = x if number == 0 else skip
+            x = x + skip if where == "added between" and number == 2 else x
+        return x
+
+    model = toys.FunctionToy(toys.BesideBlock, loop=loop, depth=4)
+    output, tokens = wrap_multicycle(model, 3)(toys.images()), model.stem(toys.images())
+    for found in output.tokens:
+        tokens = loop(model, tokens)
+        torch.testing.assert_close(found, tokens, rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_stem_before_blocks_that_write_in_place_cannot_be_looked_past():
+    def loop(model, x):
+        for block in model.blocks:
+            x = block(x) + 1
+        return x
+
+    model = toys.FunctionToy(toys.InPlaceBlock, loop=loop)
+    model.stem.requires_grad_(False)
+    with pytest.raises(CycleError, match=r"writes in place on its input, which comes from a frozen stem"):
+        wrap_multicycle(model, 2)(toys.images())
 
 
 def test_a_share_of_the_stem_for_every_block_is_the_same_in_every_cycle():

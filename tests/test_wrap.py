@@ -337,6 +337,11 @@ class Forgetful(toys.Toy):
         return {"weights": self.state_dict()}
 
 
+class Reducing(toys.Toy):
+    def __reduce__(self):
+        return Reducing, ()
+
+
 class SelfCopying(toys.Toy):
     def __deepcopy__(self, memo):
         return type(self)()
@@ -347,7 +352,9 @@ def test_a_model_is_copied_as_it_says_itself():
     assert not hasattr(twin, "log") and len(twin(toys.images()).outputs) == 2
 
 
-@pytest.mark.parametrize(("make", "method"), [(Forgetful, "__getstate__"), (SelfCopying, "__deepcopy__")])
+@pytest.mark.parametrize(
+    ("make", "method"), [(Forgetful, "__getstate__"), (Reducing, "__reduce__"), (SelfCopying, "__deepcopy__")]
+)
 def test_a_copy_that_would_train_without_cycles_is_refused(make, method):
     with pytest.raises(CycleError, match=rf"{make.__name__} says by its own {method}.*unwrap_multicycle"):
         copy.deepcopy(wrap_multicycle(make(), 2))
