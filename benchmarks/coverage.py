@@ -38,7 +38,7 @@ if not __package__:  # run as a script: the folder in which `benchmarks` lies is
     sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.matrix import hf_models, timm_models
-from benchmarks.matrix.judge import Judgement, judge
+from benchmarks.matrix.judge import Judgement, OutOfTime, judge
 from benchmarks.matrix.page import write_page
 from benchmarks.matrix.row import Row
 from benchmarks.records import RESULTS, free_path, origin, read_rows, write_rows
@@ -131,7 +131,7 @@ def be_quiet() -> None:
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
     def stop(*_: object) -> None:
-        raise TimeoutError(f"gave up after {seconds} s")
+        raise OutOfTime(f"gave up after {seconds} s")
 
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)

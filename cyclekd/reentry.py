@@ -42,8 +42,9 @@ class Carried:
     tensors: tuple[Tensor, ...] = ()  # as they left the stack in the cycle before, one for each slot
 
     def tokens(self) -> list[Tensor]:
-        """The tensors that are tokens."""
-        return [tensor for slot, tensor in zip(self.slots, self.tensors, strict=True) if slot in self.moved]
+        """The tensors that are tokens; once each, where one enters at several places (query, key and value)."""
+        left = {slot[1]: tensor for slot, tensor in zip(self.slots, self.tensors, strict=True) if slot in self.moved}
+        return list(left.values())
 
 
 @dataclass

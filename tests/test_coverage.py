@@ -54,7 +54,7 @@ def labelled():
 def test_the_judge_sees_a_handover_that_is_left_out(monkeypatch):
     monkeypatch.setattr(cyclekd.slots.Handover, "__call__", lambda self, args, kwargs: (args, kwargs))
     found = judge("toys", toy_row())
-    assert found.verdict == "wrong" and "differs from the repeated list" in found.reason
+    assert found.verdict == "wrong" and "differ from the repeated list" in found.reason
 
 
 def test_the_judge_sees_tokens_that_are_off_by_little(monkeypatch):
@@ -77,7 +77,7 @@ def test_the_judge_sees_gradients_that_are_no_numbers(monkeypatch):
 
     monkeypatch.setattr("cyclekd.stack_hooks.Handover", Unbounded)
     found = judge("toys", toy_row())
-    assert found.verdict == "wrong" and "gradients differs" in found.reason
+    assert found.verdict == "wrong" and "gradients differ" in found.reason
 
 
 @pytest.mark.parametrize("broken", [{"tokens": ((),) * 3}, {"loss": None}], ids=str)

@@ -265,6 +265,20 @@ def test_what_is_computed_between_blocks_starts_anew_in_every_cycle():
         torch.testing.assert_close(found, tokens, rtol=1e-5, atol=1e-6)
 
 
+def test_what_enters_as_query_and_key_is_one_token_tensor():
+    class Attending(toys.Block):
+        def forward(self, query, key):
+            return super().forward(query) + key.mean(1, keepdim=True)
+
+    def loop(model, x):
+        for block in model.blocks:
+            x = block(x, x)
+        return x
+
+    output = assert_cycles_match_repeated_blocks(toys.FunctionToy(Attending, loop=loop), toys.images())
+    assert isinstance(output.tokens[0], torch.Tensor)
+
+
 def test_blocks_side_by_side_are_no_stack():
     def loop(model, x):
         return model.blocks[0](x) + model.blocks[1](-x) + model.blocks[2](2 * x)

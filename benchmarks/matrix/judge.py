@@ -54,6 +54,10 @@ class Unfit(Exception):
     """The comparison cannot be made; the reason is no fault of the wrapper."""
 
 
+class OutOfTime(BaseException):
+    """The row takes too long; no Exception, so that no library takes it for one of its own."""
+
+
 class Wrong(Exception):
     """The wrapped model does something else than it promises."""
 
@@ -67,14 +71,8 @@ def judge(library: str, row: Row) -> Judgement:
     start = time.monotonic()
     result = Judgement(library, row.name, row.task)
     try:
-        try:
-            _judge(row, result)
-        except Imprecise as reason:
-            _judge(_in_double(row), result)
-            result.reason = "; ".join(
-                filter(None, [result.reason, f"compared in double precision: in single, {reason}"])
-            )
-    except Unfit as reason:
+        _judge_precisely(row, result)
+    except (Unfit, OutOfTime) as reason:
         result.reason = str(reason)
     except CycleError as refusal:
         result.verdict, result.reason = "refused", str(refusal)
@@ -82,6 +80,19 @@ def judge(library: str, row: Row) -> Judgement:
         result.verdict, result.reason = "wrong", str(reason)
     result.seconds = round(time.monotonic() - start, 1)
     return result
+
+
+def _judge_precisely(row: Row, result: Judgement) -> None:
+    """In single precision, and in double where that rounds too much to tell."""
+    try:
+        _judge(row, result)
+    except Imprecise as reason:
+        try:
+            _judge(_in_double(row), result)
+        except Unfit as unfit:
+            raise Unfit(f"{reason}, and in double precision: {unfit}") from unfit
+        precise = f"compared in double precision: in single, {reason}"
+        result.reason = f"{result.reason}; {precise}" if result.reason else precise
 
 
 def _judge(row: Row, result: Judgement) -> None:
@@ -112,7 +123,7 @@ def _judge(row: Row, result: Judgement) -> None:
     for name in ("evaluation", "training", "gradients"):
         error = getattr(result, name)
         if not error <= TOLERANCE:
-            raise (Imprecise if error < VISIBLE else Wrong)(f"{name} differs from the {result.truth} by {error:.1e}")
+            raise (Imprecise if error < VISIBLE else Wrong)(f"{name} differ from the {result.truth} by {error:.1e}")
     with _or_wrong("losses"):
         result.losses = _losses(trained)
     for name, check in (("checkpointing", _checkpointing), ("hidden_states", _hidden_states), ("cache", _cache)):

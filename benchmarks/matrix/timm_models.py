@@ -36,7 +36,6 @@ Change = Callable[[Any], Any]
 
 # -- not evaluated -----------------------------------------------------------------------------------------------------
 
-DENSE = "every block gets what all before it returned, so that each is wider than the one before"
 NO_LIST = "its blocks stand in no list, so that no path names several of them"
 PAIRS = "two blocks in each stage, the first of which changes width or resolution"
 
@@ -47,13 +46,12 @@ WITHOUT_STACK = {
     "byobnet/eca_resnext": PAIRS,
     "byobnet/resnext": PAIRS,
     "byobnet/seresnext": PAIRS,
-    "densenet": DENSE,
+    "densenet": "every block gets what all before it returned, so that each is wider than the one before",
     "dla": "a tree of blocks, which are joined in pairs",
     "dpn": "what passes from block to block is wider after each",
     "inception_v3": NO_LIST,
     "nasnet": "every cell gets what the two before it returned",
     "pnasnet": "every cell gets what the two before it returned",
-    "rdnet": DENSE,
     "rexnet": "every block is wider than the one before",
     "vgg": "single convolutions, no blocks",
     "vovnet/eca_vovnet": PAIRS,
@@ -101,6 +99,17 @@ def byob(width: float) -> Change:
     return lambda old: replace(old, blocks=tuple(map(fewer, old.blocks)), width_factor=width * old.width_factor)
 
 
+def quarter(old: Keywords) -> Keywords:
+    """A config in a dict with a quarter of the channels; those of a stage of HGNet stand before its other settings."""
+
+    def fewer(name: str, value: Any) -> Any:
+        if name.endswith("chs"):
+            return [number // 4 for number in value]
+        return [number // 4 for number in value[:3]] + value[3:] if name.startswith("stage") else value
+
+    return {name: fewer(name, value) for name, value in old.items()}
+
+
 def few(count: int) -> Change:
     """So many blocks of each stage, its last one among them, off which the features are read."""
     return lambda stages: [[*blocks[:-1][: count - 1], blocks[-1]] for blocks in stages]
@@ -145,7 +154,7 @@ SMALLER: dict[str, Keywords] = {
     "efficientnet": {"block_args": few(5)},
     "efficientvim": {"depths": (1, 3, 1), "embed_dim": (16, 32, 48)},
     "efficientvit_mit": {"depths": (1, 1, 3, 3), "widths": (8, 16, 32, 48, 64)},
-    "efficientvit_msra": {"img_size": 64},
+    "efficientvit_msra": {"img_size": 128},  # at 64 the batch norms of the stack have one token per image
     "eva": ViT,
     "eva/vit_sapiens": {"num_kv_heads": 1},
     "fasternet": {"depths": FOUR, "embed_dim": 16},
@@ -154,6 +163,7 @@ SMALLER: dict[str, Keywords] = {
     "gcvit": {"img_size": 64, "depths": FOUR, "embed_dim": 16, "num_heads": HEADS},
     "gemma4_vit": {"img_size": 96, "depth": 3, "embed_dim": 64, "num_heads": 2, "intermediate_size": 128},
     "hardcorenas": {"block_args": few(5)},
+    "hgnet": {"model_cfg": quarter},
     "hiera": {"img_size": (64, 64), "embed_dim": 16, "stages": LED},
     "hieradet_sam2": {"embed_dim": 16, "stages": LED},
     "iformer": {"depths": (1, 1, 6, 4), "attn_groups": (0, 0, 1, 1), "dims": WIDTHS},
@@ -204,6 +214,7 @@ SMALLER: dict[str, Keywords] = {
     "vision_transformer_relpos": ViT,
     "vision_transformer_sam": {**ViT, "neck_chans": 16, "global_attn_indexes": (1,), "window_size": 2},
     "vitamin": {"img_size": 64, "depth": 3},
+    "vovnet": {"model_cfg": quarter},
     "volo": {"img_size": 64, "layers": FOUR, "embed_dims": (16, 32, 32, 32), "num_heads": (1, 2, 2, 2)},
     "xcit": ViT,
 }
@@ -220,7 +231,8 @@ CHOSEN = {
     "hgnet/hgnet": "hgnet_base",
     "hgnet/hgnetv2": "hgnetv2_b4",
     "lowformer": "lowformer_b0",  # e1 has no attention
-    "selecsls": "selecsls84",
+    "rdnet": "rdnet_small",
+    "selecsls": "selecsls60",
     "vovnet/ese_vovnet": "ese_vovnet57b",
     "vovnet/vovnet": "vovnet57a",
 }
