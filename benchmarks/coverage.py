@@ -105,7 +105,8 @@ def judge_all(
     waiting = [key for key in wanted if key not in done]
     if done:
         print(f"going on after {len(done)} rows in {partial}")
-    with ProcessPoolExecutor(args.processes, get_context("spawn"), initializer=be_quiet) as pool:
+    workers = {"mp_context": get_context("spawn"), "initializer": be_quiet, "max_tasks_per_child": 100}  # they grow
+    with ProcessPoolExecutor(args.processes, **workers) as pool:
         futures = {pool.submit(judge_by_name, library, key, args.timeout): key for key in waiting}
         for future in tqdm(as_completed(futures), total=len(futures), unit="model", desc=library):
             row = result_of(future, futures[future])

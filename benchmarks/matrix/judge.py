@@ -96,6 +96,8 @@ def _judge_precisely(row: Row, result: Judgement) -> None:
 
 
 def _judge(row: Row, result: Judgement) -> None:
+    if row.without_stack:
+        raise Unfit(f"no stack: {row.without_stack}")
     with _or_unfit("not built"):
         plain = row.build()
         result.model = type(plain).__name__

@@ -25,6 +25,7 @@ class Row(NamedTuple):
     lengthen: Callable[[nn.Module, int], None] | None = None  # what else a longer list needs to be told
     last_round: Callable[[Any, int], Any] | None = None  # its output without what it returns for earlier rounds' blocks
     task: str = ""
+    without_stack: str = ""  # why nothing can be cycled, for models that have no stack
     loop: Loop | None = None  # the truth where a longer list would not do what a cycle is defined to do
 
     def build(self) -> nn.Module:

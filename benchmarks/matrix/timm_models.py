@@ -313,9 +313,8 @@ def _row(module: str, kind: str, names: list[str]) -> Row:
     name = known(CHOSEN, min(names, key=_size))
     smaller = SMALLER.get(module, {}) | SMALLER.get(f"{module}/{kind}", {})
     side = smaller.get("img_size", known(SIDES, SIDE))
-    reason = known(WITHOUT_STACK, "")
-    make = partial(_leave_out, reason) if reason else partial(build, module, name, smaller)
-    return Row(name, make, _images(side), task=TASK, **known(ASIDE, {}))
+    make = partial(build, module, name, smaller)
+    return Row(name, make, _images(side), task=TASK, without_stack=known(WITHOUT_STACK, ""), **known(ASIDE, {}))
 
 
 def _images(side: int | tuple[int, int]) -> Callable[[], Inputs]:
@@ -342,7 +341,3 @@ def build(module: str, name: str, smaller: Keywords) -> nn.Module:
         if hasattr(part, "drop_rate"):
             part.drop_rate = 0.0  # of F.dropout
     return model
-
-
-def _leave_out(reason: str) -> nn.Module:
-    raise LookupError(f"no stack: {reason}")
