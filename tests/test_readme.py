@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import zoo
+from benchmarks.matrix import page
+from benchmarks.records import read_rows
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -34,3 +36,10 @@ def test_every_snippet_is_python(snippet):
 def test_it_counts_the_compared_models_rightly():
     counted = re.search(r"hold (\d+) timm and (\d+) Hugging Face models", " ".join(README.split()))
     assert (int(counted[1]), int(counted[2])) == (len(zoo.TIMM), len(zoo.HF))
+
+
+def test_it_gives_the_totals_of_the_matrix():
+    for library, name in (("timm", "timm"), ("hf", "Hugging Face")):
+        counts = page.totals(read_rows(page.newest(library)))
+        cells = [counts[column] for column in ("models", "rows", "exact", "defined", "refused", "wrong")]
+        assert f"| {name} | {' | '.join(map(str, cells))} |" in README
