@@ -47,6 +47,9 @@ LIBRARIES = {"timm": (timm_models, timm), "hf": (hf_models, transformers)}
 Key = tuple[str, str]
 """Name and task: what tells the rows of one library apart."""
 
+BATCH = 200
+"""Rows after which the processes are replaced, since libraries keep some of what is built in them."""
+
 
 def main() -> None:
     args = parse_arguments()
@@ -105,15 +108,22 @@ def judge_all(
     waiting = [key for key in wanted if key not in done]
     if done:
         print(f"going on after {len(done)} rows in {partial}")
-    workers = {"mp_context": get_context("spawn"), "initializer": be_quiet, "max_tasks_per_child": 100}  # they grow
-    with ProcessPoolExecutor(args.processes, **workers) as pool:
-        futures = {pool.submit(judge_by_name, library, key, args.timeout): key for key in waiting}
-        for future in tqdm(as_completed(futures), total=len(futures), unit="model", desc=library):
-            row = result_of(future, futures[future])
-            done[futures[future]] = row
-            if partial is not None:
-                append(partial, row)
+    with tqdm(total=len(waiting), unit="model", desc=library) as bar:
+        for start in range(0, len(waiting), BATCH):
+            for key, row in judge_batch(library, waiting[start : start + BATCH], args):
+                done[key] = row
+                bar.update()
+                if partial is not None:
+                    append(partial, row)
     return [done[key] for key in wanted]
+
+
+def judge_batch(library: str, keys: list[Key], args: argparse.Namespace) -> Iterator[tuple[Key, dict[str, object]]]:
+    """Each row as soon as it is judged; in processes of their own, which end with the batch."""
+    with ProcessPoolExecutor(args.processes, get_context("spawn"), initializer=be_quiet) as pool:
+        futures = {pool.submit(judge_by_name, library, key, args.timeout): key for key in keys}
+        for future in as_completed(futures):
+            yield futures[future], result_of(future, futures[future])
 
 
 def judge_by_name(library: str, key: Key, timeout: int) -> Judgement:
