@@ -9,6 +9,7 @@ the folder. A program of its own, so that it can import once and then fork, whic
 from __future__ import annotations
 
 import functools
+import gc
 import sys
 import traceback
 from collections.abc import Callable
@@ -252,7 +253,11 @@ def train_or_tell(name: str, kind: str, rank: int) -> list[Step] | str:
 
 def run_rank(rank: int, folder: Path) -> None:
     meet(rank, folder)
-    results = {(name, kind): train_or_tell(name, kind, rank) for name, kind in CASES}
+    results = {}
+    gc.disable()  # a DDP reducer that is collected on another thread, in the middle of a backward, was seen to abort
+    for name, kind in CASES:
+        results[name, kind] = train_or_tell(name, kind, rank)
+        gc.collect()
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -42,7 +42,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     search = os.pathsep.join([str(tests.parent), str(tests), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(tests / "distributed_worker.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = functools.partial(subprocess.run, command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run()
+    if "terminated with signal SIGABRT" in done.stderr:  # seen once in some twenty runs, in PyTorch's own memory
+        (folder / "meeting").unlink(missing_ok=True)
+        done = run()
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
 
