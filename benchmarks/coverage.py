@@ -18,7 +18,6 @@ import os
 import signal
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -39,7 +38,7 @@ if not __package__:  # run as a script: the folder in which `benchmarks` lies is
 
 from benchmarks.matrix import hf_models, timm_models
 from benchmarks.matrix.judge import Judgement, OutOfTime, judge
-from benchmarks.matrix.page import write_page
+from benchmarks.matrix.page import VERDICTS, totals, write_page
 from benchmarks.matrix.row import Row
 from benchmarks.records import RESULTS, free_path, origin, read_rows, write_rows
 
@@ -56,6 +55,7 @@ def main() -> None:
     if args.library == "page":
         print(f"written to {write_page()}")
         return
+    source = origin()  # before the run, whose code may be worked on meanwhile
     rows = rows_of(args.library)
     wanted = [key for key in rows if not args.names or key[0] in args.names]
     partial = None if args.names else results_path(args.library).with_suffix(".partial")
@@ -63,7 +63,6 @@ def main() -> None:
     print_summary(args.library, judged, details=bool(args.names))
     if partial is not None:
         path = free_path(results_path(args.library))
-        source = origin()
         write_rows(path, [row | source for row in judged])
         partial.unlink()
         print(f"written to {path}")
@@ -178,17 +177,12 @@ def print_summary(library: str, judged: list[dict[str, object]], details: bool) 
     for row in judged:
         if details or row["verdict"] in ("wrong", "refused"):
             print(f"{row['name']} {row['task']}: {row['verdict'] or 'not evaluated'} {row['reason']}")
-    evaluated = [row for row in judged if row["verdict"]]
-    right = sum(row["verdict"] in ("exact", "defined") for row in evaluated)
-    counts = Counter(row["verdict"] for row in evaluated)
+    counts = totals(judged)
+    right = (counts["exact"] + counts["defined"]) / max(counts["rows"], 1)
     print(
-        f"{library}: {len(judged)} rows, {len({row['name'] for row in evaluated})} models in {len(evaluated)} rows "
-        f"evaluated: {', '.join(f'{counts[verdict]} {verdict}' for verdict in VERDICTS)}; "
-        f"{right / max(len(evaluated), 1):.1%} exact or defined"
+        f"{library}: {len(judged)} rows, {counts['models']} models in {counts['rows']} rows evaluated: "
+        f"{', '.join(f'{counts[verdict]} {verdict}' for verdict in VERDICTS)}; {right:.1%} exact or defined"
     )
-
-
-VERDICTS = ("exact", "defined", "refused", "wrong")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Re-entry against a block list that is really repeated, with every trait that could make it silently wrong."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 import cyclekd.slots
 import toys
 from cyclekd import CycleError, run_cycles, wrap_multicycle
+from cyclekd.caches import calls_with_own_caches
 from cyclekd.checkpointing import FRAMES_ARE_VISIBLE
 from cyclekd.reentry import DRAWS_BEFORE_REFUSAL
 
@@ -663,3 +666,46 @@ def test_an_exception_in_the_forward_leaves_the_model_usable():
     with pytest.raises(RuntimeError, match=r"mat1 and mat2"):
         model(torch.randn(2, 5, 7))
     assert len(model(toys.images()).outputs) == 2
+
+
+class RecurrentCache:
+    """As transformers keeps the states of Mamba layers: without a length."""
+
+    def __init__(self, filled):
+        self.layers = [SimpleNamespace(has_previous_state={0: filled})]
+
+    def get_seq_length(self):
+        raise ValueError("no attention layer")
+
+
+def test_a_recurrent_cache_is_taken_empty_and_refused_filled():
+    calls = calls_with_own_caches((), {"cache_params": RecurrentCache(filled=False)}, cycles=2)
+    assert len({id(kwargs["cache_params"]) for _, kwargs in calls}) == len(calls)
+    with pytest.raises(CycleError, match=r"cache_params brings a filled cache \(RecurrentCache\)"):
+        calls_with_own_caches((), {"cache_params": RecurrentCache(filled=True)}, cycles=2)
+
+
+def test_the_stem_runs_in_every_cycle_where_its_states_are_collected():
+    class Collecting(toys.Toy):
+        def forward(self, x, output_hidden_states=False):
+            return super().forward(x)
+
+    model = wrap_multicycle(Collecting(), 3)
+    plain, collected = model(toys.images()), model(toys.images(), output_hidden_states=True)
+    for found, expected in zip(collected.outputs, plain.outputs, strict=True):
+        assert torch.equal(found, expected)
+    assert stem_runs(model) == 1 and stem_runs(model, output_hidden_states=True) == 3
+
+
+def stem_runs(model, **kwargs):
+    """How often the stem's own forward runs in one call, and not what is remembered of it."""
+    ran, forward = [], type(model.stem).forward
+
+    def counting(self, x):
+        ran.extend([1] if self is model.stem else [])
+        return forward(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.stem), "forward", counting)
+        model(toys.images(), **kwargs)
+    return len(ran)

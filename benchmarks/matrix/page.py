@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.records import RESULTS, read_rows
@@ -60,7 +61,7 @@ def newest(library: str) -> Path:
     return max(found, key=lambda path: (read_rows(path)[0]["date"], path.name))
 
 
-def totals(rows: list[dict[str, str]]) -> dict[str, int]:
+def totals(rows: Sequence[Mapping[str, object]]) -> dict[str, int]:
     """Rows by verdict, and how many models and rows were evaluated."""
     evaluated = [row for row in rows if row["verdict"]]
     counts = Counter(row["verdict"] for row in evaluated)
