@@ -1,0 +1,7 @@
+"""Whole trainings on top of cyclekd. In a checkout their sources lie in `integrations/`, in the wheel beside this file."""
+
+from pathlib import Path
+
+_CHECKOUT = Path(__file__).parents[2]
+if (_CHECKOUT / "pyproject.toml").is_file() and (_CHECKOUT / "integrations").is_dir():
+    __path__.append(str(_CHECKOUT / "integrations"))

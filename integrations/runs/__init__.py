@@ -1,0 +1,1 @@
+"""What every long training needs and none should write again: order, seeds, checkpoints, resume, progress, records."""

@@ -1,0 +1,124 @@
+"""Arguments that every long training has, and the Accelerator they ask for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import filter_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from cyclekd.integrations.runs.checkpoints import save_under_plain_names
+from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.runs.training import Rhythm
+
+FREE_ON_RESUME = {
+    "out",
+    "resume",
+    "workers",
+    "log_every",
+    "checkpoint_every",
+    "evaluate_every",
+    "keep",
+    "minutes",
+    "report_to",
+    "cpu",
+    "compile",
+    "mixed_precision",
+    "batch_size",
+    "accumulate",
+    "processes",
+    "cache_dir",
+}
+"""Settings that a resumed run may change; of those that share out the global batch, only their product may not."""
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--out`, `--resume`, `--seed`, ... under the heading "the run"."""
+    group = parser.add_argument_group(
+        "the run",
+        "Ctrl-C and SIGTERM end it with a checkpoint (a second one at once); --resume goes on, on the same kind of "
+        "machine bit for bit as if nothing had happened, with any number of --workers.",
+    )
+    group.add_argument(
+        "--out", type=Path, help="folder of the run (default: first free of runs/NAME, runs/NAME-2, ...)"
+    )
+    group.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
+    group.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
+    group.add_argument("--workers", type=int, help="that read samples, per process (default: its share of cores)")
+    group.add_argument("--minutes", type=float, help="stop with a checkpoint after this time; --resume goes on")
+    group.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="(default: 50)")
+    group.add_argument("--evaluate-every", type=int, default=1, metavar="EPOCHS", help="(default: 1)")
+    group.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: once per epoch)")
+    group.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints that are kept (default: 2)")
+    group.add_argument(
+        "--report-to", nargs="+", default=[], metavar="TRACKER", help="Accelerate's trackers: tensorboard, wandb, ..."
+    )
+    group.add_argument("--cpu", action="store_true", help="use the CPU where a GPU is there too")
+    group.add_argument(
+        "--mixed-precision",
+        choices=["no", "bf16", "fp16"],
+        help="(default: what accelerate launch says, else bf16 on a GPU that has it, else no)",
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile the model: minutes first, then faster")
+
+
+def rhythm_of(args: argparse.Namespace) -> Rhythm:
+    """Errors: RunError for a number that makes no sense."""
+    for name in ("log_every", "evaluate_every", "checkpoint_every", "keep", "minutes"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise RunError(f"--{name.replace('_', '-')} {value}: has to be above 0")
+    return Rhythm(args.log_every, args.evaluate_every, args.checkpoint_every, args.keep, args.minutes)
+
+
+def make_accelerator(args: argparse.Namespace) -> Accelerator:
+    """Set up for what `accelerate launch` says and these arguments; saves checkpoints under the model's own keys.
+
+    Errors: RunError for a tracker that is not installed or a number that makes no sense.
+    """
+    for name in ("batch_size", "accumulate"):
+        if getattr(args, name) < 1:
+            raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be at least 1")
+    if args.workers is not None and args.workers < 0:
+        raise RunError(f"--workers {args.workers}: 0 reads in the training process itself, below that is nothing")
+    accelerator = Accelerator(
+        cpu=args.cpu,
+        mixed_precision=_mixed_precision(args),
+        gradient_accumulation_steps=args.accumulate,
+        log_with=_trackers(args.report_to),
+        project_dir=None,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it cannot read the batch off our loaders
+        plugin = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
+    save_under_plain_names(accelerator)
+    return accelerator
+
+
+def workers_of(args: argparse.Namespace) -> int:
+    """`--workers`, or this process' share of the cores."""
+    if args.workers is not None:
+        return args.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(16, cores // here - 1))
+
+
+def _mixed_precision(args: argparse.Namespace) -> str | None:
+    if args.mixed_precision is not None or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return args.mixed_precision  # None takes the environment's
+    return "bf16" if not args.cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def _trackers(names: list[str]) -> list[str] | None:
+    try:
+        found = filter_trackers(names, logging_dir=".") if names else []
+    except ValueError as error:
+        raise RunError(f"--report-to {' '.join(names)}: {error}") from error
+    if len(found) < len(names):
+        raise RunError(f"--report-to {' '.join(names)}: only {found or 'none'} can be used; install the others")
+    return names or None
