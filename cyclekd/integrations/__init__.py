@@ -1,4 +1,4 @@
-"""Whole trainings on top of cyclekd. In a checkout their sources lie in `integrations/`, in the wheel beside this file."""
+"""Whole trainings on top of cyclekd; in a checkout their sources lie in integrations/, in a wheel beside this file."""
 
 from pathlib import Path
 

@@ -2,7 +2,7 @@
 
 Order and seeds follow from seed, epoch and position alone, so a stream can start at any step. It then reads the rows
 before that step in its epoch once more, without decoding them. Unlike with a table, the order also depends on the
-number of processes and of workers: each of them reads a part of the shards of its own.
+number of processes and of workers, each of which reads a part of its own, and on the version of `datasets`.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ class StreamedImages(TorchIterableDataset[dict[str, Any]]):
         self.global_batch = batch * accumulate * processes
         self.steps_per_epoch = images_per_epoch // self.global_batch
         if self.steps_per_epoch == 0:
-            raise RunError(
-                f"an epoch of {images_per_epoch} images is less than one global batch of {self.global_batch}"
-            )
+            raise RunError(f"{images_per_epoch} images per epoch are less than one global batch of {self.global_batch}")
 
     @property
     def steps(self) -> int:

@@ -21,7 +21,7 @@ from cyclekd.integrations.runs.curves import draw_curves
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, write_atomically
 from cyclekd.integrations.runs.loading import Batch, on_device
-from cyclekd.integrations.runs.progress import Log, Meter, Progress
+from cyclekd.integrations.runs.progress import Log, Meter, Progress, describe
 from cyclekd.integrations.runs.seeds import derive_seed, seed_all
 from cyclekd.integrations.runs.stopping import Stopping
 from safetensors.torch import save
@@ -257,7 +257,7 @@ class Training:
         if self.accelerator.is_main_process and self.metrics.get("epoch") == epoch:
             self.log.write("evaluation", step, **self.metrics, skipped=len(self.skipped))
             draw_curves(self.folder.curves, self.log.read(), self.folder.path.name)
-            bar.message(", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items()))
+            bar.message(describe(self.metrics))
         self.accelerator.log({f"evaluation/{name}": value for name, value in self.metrics.items()}, step=step)
         self._samples_per_second()  # the time of an evaluation is not that of training steps
 

@@ -1,0 +1,360 @@
+"""The experiment pairs what it compares, resumes bit by bit, keeps earlier rows, and does its statistics right."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from benchmarks import gain
+from benchmarks.experiment import cifar, runs, workers
+from benchmarks.experiment.statistics import paired_difference, retention, t_interval
+from benchmarks.records import read_rows
+
+SELF = "self-distilled"
+
+CLASSES = """
+import hashlib, json, os, signal
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.models import VisionTransformer
+from benchmarks.experiment.tasks import Data, Recipe
+
+HERE = Path(__file__).parent
+RECIPE = Recipe(epochs=1, learning_rate=1e-2)
+MODEL = None
+
+def digest(*tensors):
+    return hashlib.sha1(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+def build_model(seed):
+    global MODEL
+    size = {"img_size": 4, "patch_size": 2, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 1}
+    MODEL = VisionTransformer(**size, num_classes=3, proj_drop_rate=0.2)
+    return MODEL
+
+def load_data(seed, device):
+    draw = torch.Generator().manual_seed(seed)
+    images, labels = torch.randn(12, 1, 4, 4, generator=draw), torch.arange(12) % 3
+
+    def batches(epoch):
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(100 * seed + epoch))
+        for step, batch in enumerate(order.split(4)):
+            with (HERE / "log.jsonl").open("a") as log:
+                log.write(json.dumps([seed, epoch, step, digest(*MODEL.parameters()), digest(images[batch])]) + "\\n")
+            if epoch == 1 and (HERE / "interrupt").exists():
+                (HERE / "interrupt").unlink()
+                signal.raise_signal(signal.SIGINT)
+            if (HERE / "die").exists():
+                os._exit(3)
+            yield images[batch], labels[batch]
+
+    def evaluate(outputs_of):  # a metric that moves with every bit of the weights
+        return 100 * outputs_of(images).double().softmax(-1)[torch.arange(12), labels].mean().item()
+
+    return Data(batches, 3, F.cross_entropy, evaluate, "probability")
+"""
+
+HEAT_MAPS = """
+import torch
+import torch.nn.functional as F
+from timm.models import VisionTransformer
+from torch import nn
+from benchmarks.experiment.tasks import Data
+
+class Pose(nn.Module):
+    def __init__(self):
+        super().__init__()
+        size = {"img_size": 4, "patch_size": 2, "in_chans": 1, "embed_dim": 8, "depth": 2, "num_heads": 1}
+        self.vit, self.head = VisionTransformer(**size, num_classes=0), nn.Linear(8, 16)
+
+    def forward(self, images):
+        return self.head(self.vit.forward_features(images)[:, 1:3]).unflatten(-1, (4, 4))  # [B, 2 key points, 4, 4]
+
+def build_model(seed):
+    return Pose()
+
+def load_data(seed, device):
+    images, maps = torch.randn(8, 1, 4, 4), torch.rand(8, 2, 4, 4)
+
+    def evaluate(outputs_of):
+        peaks = [each.flatten(2).argmax(-1) for each in (outputs_of(images), maps)]
+        return 100 * (peaks[0] == peaks[1]).double().mean().item()
+
+    groups = {"keypoint": (slice(1, 3), 1.0), "visual": (slice(3, None), 0.5)}
+    return Data(lambda epoch: iter([(images, maps)]), 1, F.mse_loss, evaluate, "PCK", groups)
+"""
+
+
+@pytest.fixture
+def task(tmp_path):
+    path = tmp_path / "classes.py"
+    path.write_text(CLASSES)
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs the real command in this process; its exit code."""
+
+    def run(*arguments, jobs=1, out=tmp_path):
+        places = [
+            "--results",
+            str(out / "results"),
+            "--work",
+            str(out / "work"),
+            "--device",
+            "cpu",
+            "--jobs",
+            str(jobs),
+        ]
+        monkeypatch.setattr(sys, "argv", ["gain.py", *map(str, arguments), *places])
+        return gain.main()
+
+    return run
+
+
+@pytest.fixture
+def no_figure(monkeypatch):
+    monkeypatch.setattr(gain, "draw", lambda *_: None)
+
+
+def rows_in(folder):
+    (path,) = (folder / "results").glob("*.csv")
+    return read_rows(path)
+
+
+def measured(row):
+    """What training has decided, and not the clock."""
+    return [row[name] for name in ("arm", "seed", "steps", "one pass", "all cycles", "token distance", "curve")]
+
+
+# -- the runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_runs_of_a_seed_start_from_the_same_weights_and_see_the_same_batches(command, task, tmp_path, no_figure):
+    assert command(task, "--seeds", 2, "--epochs", 2) == 0
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    starts = [i for i, (_, epoch, step, *_) in enumerate(lines) if (epoch, step) == (0, 0)]
+    trained = [lines[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    assert [len(run) for run in trained] == [6, 12, 6] * 2
+    seen = [[(seed, epoch, step, images) for seed, epoch, step, _, images in run] for run in trained]
+    for plain, longer, distilled in ((0, 1, 2), (3, 4, 5)):
+        assert seen[plain] == seen[distilled] == seen[longer][:6]
+        assert trained[plain][0] == trained[longer][0] == trained[distilled][0]  # the weights too
+        assert trained[plain][1][3] != trained[distilled][1][3]  # and no longer after a step
+    assert trained[0][0][3] != trained[3][0][3]
+
+
+def test_every_run_is_a_row_with_its_cost_and_source(command, task, tmp_path, capsys):
+    assert command(task, "--seeds", 2, "--alpha", "1e-2", "--supervise-only") == 0
+    rows = rows_in(tmp_path)
+    arms = ["plain", "equal compute", "supervised only", "self-distilled rho 0.3", "self-distilled alpha 0.01"]
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm, str(seed)) for seed in (0, 1) for arm in arms]
+    assert [(row["training passes"], row["steps"]) for row in rows[:3]] == [("1", "3"), ("2", "6"), ("2", "3")]
+    assert all(row["commit"] and row["torch"] and float(row["seconds"]) > 0 for row in rows)
+    assert not rows[0]["all cycles"] and float(rows[3]["all cycles"])
+    assert len({row["one pass"] for row in rows}) == 10  # no two of them trained alike
+    (figure,) = (tmp_path / "results").glob("*.png")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert all(arm in printed for arm in arms) and "An interval that contains 0 means" in printed
+    assert not list((tmp_path / "work").rglob("*.pt"))  # nothing is left to be resumed
+
+
+def test_a_run_stopped_after_every_epoch_ends_bit_by_bit_as_an_undisturbed_one(command, task, tmp_path, no_figure):
+    for minutes in ((), ("--minutes", 0)):
+        out = tmp_path / f"out{len(minutes)}"
+        for _ in range(1 if not minutes else 3 + 6 + 3):  # a call with no time makes one epoch
+            assert command(task, "--seeds", 1, "--epochs", 3, *minutes, out=out) == 0
+    undisturbed, stopped = rows_in(tmp_path / "out0"), rows_in(tmp_path / "out2")
+    assert len(stopped) == 3
+    assert [measured(row) for row in stopped] == [measured(row) for row in undisturbed]
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(command, task, tmp_path, capsys, no_figure):
+    (tmp_path / "interrupt").touch()
+    assert command(task, "--seeds", 1, "--epochs", 4) == 130
+    assert [path.name for path in (tmp_path / "work").rglob("*.pt")] == ["plain-seed0-epoch00002.pt"]
+    assert not list((tmp_path / "results").glob("*.csv"))
+    assert command(task, "--seeds", 1, "--epochs", 4) == 0
+    assert len(rows_in(tmp_path)) == 3
+
+
+def test_a_later_call_adds_seeds_and_arms_and_runs_nothing_twice(command, task, tmp_path, no_figure):
+    command(task, "--seeds", 1)
+    first, log = rows_in(tmp_path), (tmp_path / "log.jsonl").read_text()
+    assert command(task, "--seeds", 2, "--rho", 0.3, 1) == 0
+    rows = rows_in(tmp_path)
+    assert rows[:3] == first
+    arms = ["plain", "equal compute", f"{SELF} rho 0.3", f"{SELF} rho 1"]
+    assert [(row["arm"], row["seed"]) for row in rows[3:]] == [(arms[3], "0"), *((arm, "1") for arm in arms)]
+    assert (tmp_path / "log.jsonl").read_text().startswith(log)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 * (1 + 2 + 1) + 3 + 3 * (1 + 2 + 1 + 1)
+
+
+@pytest.mark.parametrize("change", ["argument", "file"])
+def test_other_settings_than_those_of_the_file_are_refused(command, task, tmp_path, capsys, no_figure, change):
+    command(task, "--seeds", 1)
+    before = rows_in(tmp_path)
+    if change == "file":
+        task.write_text(CLASSES.replace("proj_drop_rate=0.2", "proj_drop_rate=0.1"))
+    assert command(task, "--seeds", 2, *(["--learning-rate", 0.5] if change == "argument" else [])) == 2
+    told = capsys.readouterr().err
+    assert ("learning rate '0.01', and '0.5' was asked" if change == "argument" else "with source") in told
+    assert rows_in(tmp_path) == before
+
+
+def test_heat_maps_are_trained_and_measured_like_classes(command, tmp_path, no_figure):
+    (tmp_path / "pose.py").write_text(HEAT_MAPS)
+    assert command(tmp_path / "pose.py", "--seeds", 1, "--epochs", 2, "--stack", "vit.blocks") == 0
+    rows = rows_in(tmp_path)
+    assert {row["metric"] for row in rows} == {"PCK"} and all(0 <= float(row["one pass"]) <= 100 for row in rows)
+    assert json.loads(rows[2]["token distance"])[0] > 0
+
+
+def test_the_digits_of_the_quickstart_need_no_arguments(command, tmp_path, no_figure):
+    assert command("digits", "--seeds", 1, "--epochs", 1) == 0
+    assert [row["steps"] for row in rows_in(tmp_path)] == ["10", "20", "10"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["nothing"], "task 'nothing'"),
+        (["digits", "--cycles", "1"], "--cycles"),
+        (["digits", "--rho", "-1"], "--rho"),
+        (["digits", "--seeds", "0"], "--seeds"),
+        (["cifar100"], "--data"),
+        (["cifar100", "--data", "."], "train*.parquet"),
+        (["incomplete.py"], "has a function load_data"),
+        (["digits", "--stack", "layers"], "layers"),
+    ],
+)
+def test_bad_arguments_are_refused_with_a_message(command, monkeypatch, tmp_path, capsys, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    Path("incomplete.py").write_text("def build_model(seed): ...")
+    try:
+        code = command(*arguments)
+    except SystemExit as stopped:
+        code = stopped.code
+    assert code == 2 and told in capsys.readouterr().err
+
+
+# -- side by side ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_end_as_one_after_the_other(command, task, tmp_path, no_figure):
+    assert command(task, "--seeds", 1, out=tmp_path / "one") == 0
+    assert command(task, "--seeds", 1, jobs=2, out=tmp_path / "two") == 0
+    one, two = (sorted(measured(row) for row in rows_in(tmp_path / name)) for name in ("one", "two"))
+    assert one == two and {row["runs at once"] for row in rows_in(tmp_path / "two")} == {"2"}
+
+
+@pytest.mark.slow
+def test_a_training_that_dies_ends_the_call_with_a_message(command, task, tmp_path, capsys):
+    (tmp_path / "die").touch()
+    assert command(task, "--seeds", 1, jobs=2) == 2
+    assert "ended with exit code 3; finished runs are kept" in capsys.readouterr().err
+
+
+def test_as_many_runs_at_once_as_memory_and_cores_allow(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    for free_gib, jobs in ((78, 6), (20, 3), (2, 1)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free_gib: (free * 2**30, 80 * 2**30))
+        assert workers.jobs_for("cuda") == jobs
+    assert workers.jobs_for("cpu") == 1
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_students():
+    interval = t_interval([1.0, 2.0, 3.0])
+    assert interval.mean == 2 and interval.half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    values, others = np.random.default_rng(0).normal(size=(2, 7))
+    expected = stats.ttest_rel(values, others).confidence_interval(0.95)
+    found = paired_difference(values, others)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx(tuple(expected))
+
+
+def test_a_single_seed_gives_no_interval():
+    assert str(t_interval([0.5])) == "+0.50 n/a" and t_interval([0.5]).contains_zero
+
+
+def test_retention_is_a_ratio_of_mean_gains_with_fiellers_interval():
+    plain, one, every = [50.0, 51.0, 52.0, 50.5], [50.6, 51.4, 52.7, 51.0], [51.0, 52.1, 52.9, 51.6]
+    found = retention(plain, one, every)
+    assert found.share == pytest.approx(2.2 / 4.1)  # sums of the four differences
+    kept, gained = np.subtract(one, plain), np.subtract(every, plain)
+    for bound in (found.low, found.high):  # where the t-test of kept - share * gained just turns
+        assert stats.ttest_1samp(kept - bound * gained, 0).pvalue == pytest.approx(0.05)
+    assert found.low < found.share < found.high
+
+
+def test_no_retention_where_the_gain_may_be_nothing():
+    plain, one = [50.0, 51.0, 52.0], [50.5, 51.2, 52.1]
+    assert retention(plain, one, [50.2, 50.9, 52.1]) is None
+    assert retention(plain, one, [51.0, 52.1, 53.1]) is not None
+    assert retention([50.0], [51.0], [52.0]) is None  # no interval, so it may be nothing
+
+
+# -- CIFAR-100 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def parquet(tmp_path, monkeypatch):
+    """Twelve training and six test images in CIFAR-100's columns."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, draw = tmp_path / "parquet", np.random.default_rng(0)
+    folder.mkdir()
+    for split, count in (("train", 12), ("test", 6)):
+        images = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+        columns = {"img": list(images), "fine_label": list(range(count))}
+        features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(columns, features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def test_packed_images_are_those_of_the_parquet_files(parquet, tmp_path, monkeypatch, command):
+    monkeypatch.setattr(sys, "argv", ["gain.py", "pack", str(parquet), str(tmp_path / "packed")])
+    assert gain.main() == 0
+    monkeypatch.setitem(sys.modules, "datasets", None)  # packed images need none
+    packed = cifar.load_file(cifar.decoded(tmp_path / "packed", tmp_path / "b"))
+    monkeypatch.undo()
+    direct = cifar.load_file(cifar.decoded(parquet, tmp_path / "a"))
+    assert direct["train_images"].shape == (12, 3, 32, 32) and direct["test_labels"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert all(torch.equal(packed[name], direct[name]) for name in direct)
+    assert len(cifar.load_file(cifar.decoded(parquet, tmp_path / "a", images=4))["train_labels"]) == 4
+
+
+def test_batches_of_cifar_follow_from_seed_and_epoch(parquet, tmp_path):
+    cache = cifar.decoded(parquet, tmp_path)
+    first, again, other_seed = (cifar.load_data(seed, torch.device("cpu"), cache) for seed in (0, 0, 1))
+    images, targets = next(first.batches(3))
+    torch.manual_seed(1), np.random.seed(1)  # what the model draws does not matter
+    for expected, found in zip((images, targets), next(again.batches(3)), strict=True):
+        assert torch.equal(expected, found)
+    assert images.shape == (12, 3, 32, 32) and targets.shape == (12, 100)
+    assert not torch.equal(images, next(first.batches(4))[0])
+    assert not torch.equal(images, next(other_seed.batches(3))[0])
+
+
+def test_a_handful_of_cifar_images_trains(parquet, command, tmp_path, no_figure):
+    assert command("cifar100", "--data", parquet, "--seeds", 1, "--epochs", 1, "--images", 4) == 0
+    rows = rows_in(tmp_path)
+    assert [row["images"] for row in rows] == ["4"] * 3 and rows[0]["metric"] == "test top-1"
+
+
+def test_the_model_of_cifar_is_deit_tiny_with_four_blocks():
+    model = cifar.build_model(0)
+    assert len(model.blocks) == 4 and model.embed_dim == 192 and model.pos_embed.shape == (1, 65, 192)
+    assert runs.Arm("x", cycles=3).passes == runs.Arm("y", longer=3).passes == 3
