@@ -26,9 +26,6 @@ from tqdm import tqdm
 if not __package__:  # run as a script: the folder in which `benchmarks` lies is where imports start
     sys.path[0] = str(Path(__file__).parents[1])
 
-from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.stopping import Stopping
-
 from benchmarks.experiment.figure import draw
 from benchmarks.experiment.results import EQUAL, PLAIN, Results, accuracy_table, cost_table, print_table
 from benchmarks.experiment.runs import Advance, Arm, Job, Plan, Settings, checkpoint_files, epochs_done
@@ -36,6 +33,8 @@ from benchmarks.experiment.tasks import Task, load_task
 from benchmarks.experiment.workers import jobs_for, run_all
 from benchmarks.records import RESULTS
 from cyclekd import CycleError, wrap_multicycle
+from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.runs.stopping import Stopping
 
 LEGEND = """
 {metric} in percent, mean over seeds; differences are paired, and ± is half the width of a 95 % t-interval. "All
@@ -199,8 +198,10 @@ def progress(plan: Plan, todo: list[Job], jobs: int) -> Iterator[Advance]:
     """One bar for all runs, counted in training passes over the data."""
     epochs = plan.settings.epochs
     left = sum(job.arm.cycles * (epochs * job.arm.longer - epochs_done(plan.work, job)) for job in todo)
-    layout = "{desc}: {percentage:5.1f}% |{bar}| {elapsed}<{remaining}{postfix}"
-    with tqdm(total=left, desc=f"{len(todo)} runs, {min(jobs, len(todo))} at once", bar_format=layout) as bar:
+    name = f"{len(todo)} runs, {min(jobs, len(todo))} at once"
+    layout = "{desc}: {percentage:5.1f}% |{bar:30}| {elapsed}<{remaining}{postfix}"
+    every_s = 0.1 if sys.stderr.isatty() else 30  # a log file keeps every line
+    with tqdm(total=left, desc=name, bar_format=layout, mininterval=every_s, maxinterval=every_s) as bar:
         images = 0
 
         def advance(passes: float, more_images: int) -> None:

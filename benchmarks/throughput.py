@@ -82,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=10, help="without data loading; each times every variant once")
     add("--steps", type=int, help="per variant and round; 20 on a GPU, 2 on the CPU")
     add("--data-rounds", type=int, default=2, help="with data loading; 0 leaves it out")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="of each loader; as many as there are cores")
+    add("--workers", type=int, default=cores(), help="of each loader; as many as there are cores")
     add("--compile", action=argparse.BooleanOptionalAction, help="compiled rows too; where there is a GPU unless told")
     add("--photos", type=Path, help="folder of .jpg files from which the JPEG files are cut")
     add("--files", type=int, default=512, help="JPEG files to make")
@@ -108,6 +108,10 @@ def parse_arguments() -> argparse.Namespace:
     kind = args.device.split(":")[0]
     args.out = free_path(args.out or RESULTS / f"throughput-{kind}-torch{torch.__version__}.csv")
     return args
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -137,7 +141,7 @@ def time_resident(
             batches = resident(loop, 2 + args.steps, args)
             timed(loop.step, islice(batches, 2))
             seconds[(*name, "resident")].append(timed(loop.step, batches) / args.steps)
-            if torch.cuda.is_available():
+            if args.device.startswith("cuda"):
                 peaks[(*name, "resident")] = (memory.grown() + bytes_held(loop)) / 2**20
     return seconds, peaks
 
@@ -184,13 +188,12 @@ def as_row(
         for base, over in RATIOS.items()
     }
     speed = args.batch / statistics.median(seconds[name])
-    cores = min(args.workers, len(os.sched_getaffinity(0))) or 1
     return {
         "variant": f"{args.cycles} cycles" if loop == "cycles" else loop,
         "mode": mode,
         "data": data,
         "images/s": f"{speed:.1f}",
-        "per core": f"{speed / cores:.1f}" if "loader" in loop else "",
+        "per core": f"{speed / min(max(args.workers, 1), cores()):.1f}" if "loader" in loop else "",
         "ms per step": f"{1000 * statistics.median(seconds[name]):.2f}",
         **ratios,
         "waits for data": f"{waiting(name, seconds):.2f}" if data == "JPEG" and loop in LOOPS else "",
@@ -228,7 +231,7 @@ def provenance(args: argparse.Namespace, bytes_per_file: float) -> dict[str, str
         "files": "photographs" if args.photos else "noise",
         "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "precision": "bf16" if on_gpu else "fp32",
-        "cores": str(len(os.sched_getaffinity(0))),
+        "cores": str(cores()),
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "timm": timm.__version__,

@@ -8,6 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data import RandomResizedCropAndInterpolation, auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
+from torchvision.transforms.functional import pil_to_tensor
+
 from cyclekd.integrations.deit import augment as parts
 from cyclekd.integrations.deit.augment import (
     AugmentSettings,
@@ -23,11 +29,6 @@ from cyclekd.integrations.deit.decoding import UnreadableImage
 from cyclekd.integrations.deit.randaugment import OPERATIONS, argument_of, rand_augment
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.seeds import seeded
-from PIL import Image
-from sklearn.datasets import load_sample_image
-from timm.data import RandomResizedCropAndInterpolation, auto_augment, create_transform
-from timm.data.random_erasing import RandomErasing
-from torchvision.transforms.functional import pil_to_tensor
 
 FILL = (124, 116, 104)
 DRAWS = 2000

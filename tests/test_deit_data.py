@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cyclekd.integrations.deit.data import EvaluationImages, ImageData, TrainingImages, load_data
-from cyclekd.integrations.deit.decoding import UnreadableImage, decode, open_image
-from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.sampling import PADDING, Draw
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from cyclekd.integrations.deit.data import EvaluationImages, ImageData, TrainingImages, load_data
+from cyclekd.integrations.deit.decoding import UnreadableImage, decode, open_image
+from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.runs.sampling import PADDING, Draw
 
 CLASSES = ["cat", "dog"]
 COUNTS = {"train": 6, "test": 4}
@@ -178,6 +179,11 @@ def test_stray_images_beside_the_class_folders_are_no_class(tmp_path, load):
     folder = write_folders(tmp_path / "data")
     (folder / "train" / "contact-sheet.png").write_bytes(encode(99))
     assert as_pairs(load(str(folder))) == EXPECTED
+
+
+def test_a_single_class_keeps_its_name(tmp_path, load):
+    folder = write_folders(tmp_path / "data", classes=["cat", "cat"])
+    assert load(str(folder)).classes == ["cat"]
 
 
 # -- splits ------------------------------------------------------------------------------------------------------------
@@ -361,8 +367,9 @@ def test_every_kind_of_pixel_becomes_rgb():
     assert roundtrip(PILImage.new("1", (4, 4), 1), "png").getpixel((0, 0)) == (255, 255, 255)
     red, green, blue = roundtrip(PILImage.new("CMYK", (8, 8), (0, 255, 255, 0)), "jpeg").getpixel((0, 0))
     assert red > 240 and green < 15 and blue < 15
-    palette = PILImage.new("RGB", (4, 4), (10, 200, 30)).convert("P", palette=PILImage.Palette.ADAPTIVE)
-    palette.info["transparency"] = bytes([0] * 4)
+    palette = PILImage.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30, 255, 255, 255, 1, 1, 1])
+    palette.info["transparency"] = bytes([0, 128, 255, 7])
     assert roundtrip(palette, "png").getpixel((0, 0)) == (10, 200, 30)
 
 

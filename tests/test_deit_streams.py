@@ -7,14 +7,15 @@ import io
 import numpy as np
 import pytest
 import torch
-from cyclekd.integrations.deit.data import load_data
-from cyclekd.integrations.deit.decoding import decode
-from cyclekd.integrations.deit.streams import StreamedImages
-from cyclekd.integrations.runs.errors import RunError
 from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Value
 from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import DataLoader
+
+from cyclekd.integrations.deit.data import load_data
+from cyclekd.integrations.deit.decoding import decode
+from cyclekd.integrations.deit.streams import StreamedImages
+from cyclekd.integrations.runs.errors import RunError
 
 SHARDS, IMAGES = 4, 24
 KINDS = Features(image=Image(), label=ClassLabel(names=["even", "odd"]))

@@ -17,9 +17,9 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
-from cyclekd.integrations.deit.train import parse_arguments
 
 from cyclekd import wrap_multicycle
+from cyclekd.integrations.deit.train import parse_arguments
 
 LAUNCH = Path(__file__).parents[1] / "examples/launch"
 SLURM = LAUNCH / "train_deit.slurm"

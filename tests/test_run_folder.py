@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from cyclekd.integrations.runs import folder as folder_module
 from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+
 from cyclekd.integrations.runs import progress as progress_module
 from cyclekd.integrations.runs.card import model_card
 from cyclekd.integrations.runs.curves import POINTS, draw_curves
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.progress import Log, Meter, Progress, measure_and_cycles
-from matplotlib.figure import Figure
-from PIL import Image
 
 # -- log ---------------------------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from cyclekd.integrations.deit import train
 from cyclekd.integrations.deit.task import Classification
 from cyclekd.integrations.runs.training import Training

@@ -17,9 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cyclekd.integrations.deit.augment import AugmentSettings, DeviceAugment, crop_on_device, draw_plans, normalise
-from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.seeds import derive_seed, seeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import Mixup
@@ -27,6 +24,9 @@ from timm.models import VisionTransformer
 from torch import Tensor, nn
 
 from benchmarks.experiment.tasks import Data, accuracy
+from cyclekd.integrations.deit.augment import AugmentSettings, DeviceAugment, crop_on_device, draw_plans, normalise
+from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.runs.seeds import derive_seed, seeded
 
 BATCH, TEST_BATCH = 256, 2000
 MIXUP = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "label_smoothing": 0.1, "num_classes": 100}  # as in DeiT

@@ -12,11 +12,11 @@ from statistics import fmean
 
 import timm
 import torch
-from cyclekd.integrations.runs.errors import RunError
 
 from benchmarks.experiment.runs import Job, Measured, Settings
 from benchmarks.experiment.statistics import Interval, paired_difference, retention
 from benchmarks.records import origin, read_rows, write_rows
+from cyclekd.integrations.runs.errors import RunError
 
 PLAIN, EQUAL = "plain", "equal compute"
 

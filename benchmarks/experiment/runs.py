@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cyclekd.integrations.runs.seeds import derive_seed, seed_all
 from safetensors.torch import load_model, save_model
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor
@@ -23,6 +22,7 @@ from torch.optim import AdamW
 
 from benchmarks.experiment.tasks import load_task
 from cyclekd import CycleLoss, run_cycles, wrap_multicycle
+from cyclekd.integrations.runs.seeds import derive_seed, seed_all
 
 CURVE_POINTS = 10
 SAVE_EVERY_S = 60

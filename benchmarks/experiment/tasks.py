@@ -31,13 +31,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.seeds import derive_seed
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
+from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.runs.seeds import derive_seed
 from cyclekd.losses import Groups
 
 DIGITS_IMAGES, DIGITS_BATCH = 300, 32  # as in examples/quickstart.py

@@ -18,10 +18,10 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 import torch
-from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.stopping import Stopping, leave_signals_to_the_parent
 
 from benchmarks.experiment.runs import Advance, Job, Measured, Plan, train
+from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.runs.stopping import Stopping, leave_signals_to_the_parent
 
 MOST = 6  # trainings at once; each needs a CPU core or two to launch its kernels
 MEMORY_PER_RUN = 6 * 2**30  # bytes, with room to spare for a model of a few million weights

@@ -16,15 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
+from timm.data import FastCollateMixup, Mixup, create_loader
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
 from cyclekd.integrations.deit.augment import AugmentSettings, DeviceAugment, PlanAugment
 from cyclekd.integrations.runs.loading import Batch, load_batches, on_device
 from cyclekd.integrations.runs.sampling import Draw, TrainingBatches
 from cyclekd.integrations.runs.seeds import derive_seed
 from cyclekd.integrations.runs.training import ON_THE_HOST
-from PIL import Image
-from timm.data import FastCollateMixup, Mixup, create_loader
-from torch import Tensor
-from torch.utils.data import Dataset, default_collate
 
 SIZE = (500, 375)
 """Pixels of ImageNet's most frequent image size, width and height."""

@@ -13,13 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from cyclekd.integrations.deit import recipe
-from cyclekd.integrations.deit.augment import DeviceAugment
-from cyclekd.integrations.deit.task import Classification
-from cyclekd.integrations.runs.folder import RunFolder
-from cyclekd.integrations.runs.loading import Batch
-from cyclekd.integrations.runs.sampling import TrainingBatches
-from cyclekd.integrations.runs.training import Training
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import AverageMeter
@@ -28,6 +21,13 @@ from torch.utils.data import Dataset
 
 from benchmarks.cost import HandWritten
 from benchmarks.speed.feeds import CLASSES
+from cyclekd.integrations.deit import recipe
+from cyclekd.integrations.deit.augment import DeviceAugment
+from cyclekd.integrations.deit.task import Classification
+from cyclekd.integrations.runs.folder import RunFolder
+from cyclekd.integrations.runs.loading import Batch
+from cyclekd.integrations.runs.sampling import TrainingBatches
+from cyclekd.integrations.runs.training import Training
 
 LOOPS = ("timm loop", "plain", "cycles", "ideal")
 """timm's loop and ours with a plain model; ours with a wrapped model, and with the same cycles written by hand."""

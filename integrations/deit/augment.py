@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cyclekd.integrations.deit.decoding import UnreadableImage, decode
-from cyclekd.integrations.deit.randaugment import draw_operations, parse_rand_augment, rand_augment
-from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.seeds import seeded
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.transforms import str_to_pil_interp
 from torch import Tensor
 from torchvision.transforms import RandomCrop
 from torchvision.transforms.functional import pil_to_tensor
+
+from cyclekd.integrations.deit.decoding import UnreadableImage, decode
+from cyclekd.integrations.deit.randaugment import draw_operations, parse_rand_augment, rand_augment
+from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.runs.seeds import seeded
 
 ATTEMPTS = 10  # boxes tried before the fallback, in cropping as in erasing; timm's number
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)  # as shares of the image, and height over width; timm's

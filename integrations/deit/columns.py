@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
 from cyclekd.integrations.deit.sources import Rows
 from cyclekd.integrations.runs.errors import RunError
-from datasets import ClassLabel, Dataset, Features, Image, Value
 
 
 class Split(NamedTuple):

@@ -12,15 +12,16 @@ from typing import Any
 
 import fsspec
 import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+
 from cyclekd.integrations.deit.columns import Split, agreed_classes, check_labels, find_columns, read_labels
 from cyclekd.integrations.deit.decoding import UnreadableImage, decode, open_image, reason
 from cyclekd.integrations.deit.sources import open_splits
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.sampling import PADDING, Draw
-from datasets import Dataset
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import Dataset as TorchDataset
 
 GIVE_UP_AFTER = 100  # unreadable images in a row: then it is the disk or the whole data set, not single files
 SHARDS = 64  # of a table that is to be streamed

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import timm
+from timm.models import save_for_hf
+from torch import Tensor
+
 from cyclekd.integrations.deit.augment import AugmentSettings
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, write_atomically
-from timm.models import save_for_hf
-from torch import Tensor
 
 
 def save_plain_model(

@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from cyclekd.integrations.runs.errors import RunError
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms.v2 import functional as kernels
+
+from cyclekd.integrations.runs.errors import RunError
 
 NOTHING = -1  # in the place of an operation's number: the image passes as it is
 

@@ -15,9 +15,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from cyclekd.integrations.deit.augment import AugmentSettings
-from cyclekd.integrations.deit.distillation import DistillationLoss, Teacher
-from cyclekd.integrations.runs.errors import RunError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import Mixup
@@ -27,6 +24,9 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from cyclekd import CycleLoss, wrap_multicycle
+from cyclekd.integrations.deit.augment import AugmentSettings
+from cyclekd.integrations.deit.distillation import DistillationLoss, Teacher
+from cyclekd.integrations.runs.errors import RunError
 
 RECIPE_BATCH = 1024
 """The global batch that the recipe was found with."""

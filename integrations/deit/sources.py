@@ -12,7 +12,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from cyclekd.integrations.runs.errors import RunError
 from datasets import (
     ClassLabel,
     Dataset,
@@ -27,6 +26,8 @@ from datasets import (
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from cyclekd.integrations.runs.errors import RunError
 
 Rows = Dataset | IterableDataset
 

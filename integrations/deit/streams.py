@@ -14,17 +14,18 @@ from typing import Any
 
 import fsspec.asyn
 import torch
-from cyclekd.integrations.deit.columns import Split
-from cyclekd.integrations.deit.data import GIVE_UP_AFTER, encoded
-from cyclekd.integrations.deit.decoding import UnreadableImage, open_image
-from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.seeds import derive_seed
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
+
+from cyclekd.integrations.deit.columns import Split
+from cyclekd.integrations.deit.data import GIVE_UP_AFTER, encoded
+from cyclekd.integrations.deit.decoding import UnreadableImage, open_image
+from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.runs.seeds import derive_seed
 
 ROWS_AT_ONCE = 32  # handed over by `datasets` in one piece; says nothing about the order
 

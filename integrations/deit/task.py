@@ -8,15 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from cyclekd.integrations.deit.distillation import Teacher
-from cyclekd.integrations.runs.loading import Batch, load_batches, on_device
-from cyclekd.integrations.runs.sampling import EvaluationBatches
-from cyclekd.integrations.runs.seeds import derive_seed, seeded
 from timm.data import Mixup
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cyclekd import CycleLoss, run_cycles
+from cyclekd.integrations.deit.distillation import Teacher
+from cyclekd.integrations.runs.loading import Batch, load_batches, on_device
+from cyclekd.integrations.runs.sampling import EvaluationBatches
+from cyclekd.integrations.runs.seeds import derive_seed, seeded
 
 
 class Classification:

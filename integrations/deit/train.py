@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
+from PIL import Image
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from cyclekd import CycleError
 from cyclekd.integrations.deit.augment import (
     AugmentSettings,
     DeviceAugment,
@@ -42,11 +47,6 @@ from cyclekd.integrations.runs.loading import Batch, load_batches, load_stream
 from cyclekd.integrations.runs.sampling import TrainingBatches
 from cyclekd.integrations.runs.start import open_run, report
 from cyclekd.integrations.runs.training import Order, Outcome, Training
-from PIL import Image
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-
-from cyclekd import CycleError
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:

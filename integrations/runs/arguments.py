@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import filter_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+
 from cyclekd.integrations.runs.checkpoints import save_under_plain_names
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.training import Rhythm

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from cyclekd.integrations.runs.errors import RunError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from cyclekd.integrations.runs.errors import RunError
 
 COMPLETE, PARTIAL = "step-", ".partial-"
 

@@ -9,11 +9,12 @@ from itertools import cycle, product
 from pathlib import Path
 
 import numpy as np
-from cyclekd.integrations.runs.folder import write_atomically
-from cyclekd.integrations.runs.progress import measure_and_cycles
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from cyclekd.integrations.runs.folder import write_atomically
+from cyclekd.integrations.runs.progress import measure_and_cycles
 
 COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Okabe and Ito's, which the colour-blind can tell apart; their yellow is too light for a line."""

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from cyclekd.integrations.runs.stopping import leave_signals_to_the_parent
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from cyclekd.integrations.runs.stopping import leave_signals_to_the_parent
 
 Batch = dict[str, Tensor]
 

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.folder import from_plain, to_plain, write_text_atomically
 from torch import Tensor
 from tqdm import tqdm
+
+from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.runs.folder import from_plain, to_plain, write_text_atomically
 
 SECONDS_BETWEEN_LINES = 30.0
 """Where stderr is a file there is no bar but a line, at most this often."""

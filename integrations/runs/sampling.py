@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch.utils.data import Sampler
+
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.seeds import derive_seed
-from torch.utils.data import Sampler
 
 PADDING = -1
 """The index of a sample that is not there: it fills the last evaluation batches up and is counted nowhere."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+
 from cyclekd.integrations.runs.arguments import FREE_ON_RESUME
 from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError

@@ -16,6 +16,11 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from safetensors.torch import save
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
 from cyclekd.integrations.runs.checkpoints import Checkpoints, read_progress
 from cyclekd.integrations.runs.curves import draw_curves
 from cyclekd.integrations.runs.errors import RunError
@@ -24,10 +29,6 @@ from cyclekd.integrations.runs.loading import Batch, on_device
 from cyclekd.integrations.runs.progress import Log, Meter, Progress, describe
 from cyclekd.integrations.runs.seeds import derive_seed, seed_all
 from cyclekd.integrations.runs.stopping import Stopping
-from safetensors.torch import save
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
 
 ON_THE_HOST = ("plan", "index", "skipped")
 """Parts of a batch that are read by Python and therefore stay where they are."""
