@@ -15,12 +15,20 @@ RESULTS = Path(__file__).parent / "results"
 
 def origin() -> dict[str, str]:
     """Commit, date and command of this run."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "command": shlex.join(["python", *sys.argv]),
     }
+
+
+def commit() -> str:
+    """`git describe` of the working folder; "unknown" without git."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

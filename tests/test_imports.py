@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "cyclekd"
+import cyclekd
+
+ROOT = Path(__file__).parent.parent
+PACKAGE, INTEGRATIONS = ROOT / "cyclekd", ROOT / "integrations"
 
 LAYERS = [
     {"errors", "structure", "checkpointing", "randomness", "_version"},
@@ -21,6 +24,22 @@ LAYERS = [
     {"__init__"},
 ]
 """A module imports from rows above its own alone."""
+
+INTEGRATION_LAYERS = [
+    {"runs.__init__", "runs.errors", "runs.seeds", "runs.stopping", "runs.environment"},
+    {"runs.folder", "runs.sampling", "runs.loading", "runs.checkpoints"},
+    {"runs.progress"},
+    {"runs.curves", "runs.card"},
+    {"runs.training"},
+    {"runs.arguments"},
+    {"runs.start"},
+    {"deit.__init__", "deit.decoding", "deit.randaugment", "deit.sources", "deit.distillation"},
+    {"deit.augment", "deit.columns"},
+    {"deit.data", "deit.deploy", "deit.recipe", "deit.task"},
+    {"deit.streams"},
+    {"deit.train"},
+]
+"""The same for integrations/: whatever a kind of training has for itself comes after what all of them share."""
 
 STANDARD_OR_TORCH = {*sys.stdlib_module_names, "torch", "cyclekd"}
 
@@ -54,6 +73,39 @@ def test_modules_import_from_lower_layers_torch_and_the_standard_library(path):
             assert name.removeprefix("cyclekd.") in allowed, name
 
 
-def test_importing_the_library_loads_neither_timm_nor_transformers():
-    code = "import sys, cyclekd; sys.exit(bool({'timm', 'transformers', 'accelerate'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def integration_modules():
+    return {f"{path.parent.name}.{path.stem}": path for path in sorted(INTEGRATIONS.glob("*/*.py"))}
+
+
+def names_taken_from_cyclekd(path):
+    """What `from cyclekd import ...` names anywhere in a file."""
+    froms = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {alias.name for node in froms if node.module == "cyclekd" for alias in node.names}
+
+
+def test_every_integration_module_has_its_layer():
+    assert integration_modules().keys() == set().union(*INTEGRATION_LAYERS)
+
+
+def test_every_integration_module_has_one_layer():
+    assert sum(map(len, INTEGRATION_LAYERS)) == len(set().union(*INTEGRATION_LAYERS))
+
+
+@pytest.mark.parametrize("name", sorted(set().union(*INTEGRATION_LAYERS)))
+def test_integrations_import_from_lower_layers_and_the_public_names_of_the_library(name):
+    path = integration_modules()[name]
+    row = next(i for i, layer in enumerate(INTEGRATION_LAYERS) if name in layer)
+    allowed = {f"cyclekd.integrations.{below}" for below in set().union(*INTEGRATION_LAYERS[:row])} | {"cyclekd"}
+    for module in imported(path):
+        assert module is not None, "a relative import"
+        assert module.split(".")[0] not in ("integrations", "examples", "benchmarks", "tests"), module
+        if module.split(".")[0] == "cyclekd":
+            assert module in allowed, module
+    assert names_taken_from_cyclekd(path) <= set(cyclekd.__all__)
+
+
+def test_importing_the_library_loads_torch_alone():
+    heavy = {"timm", "transformers", "accelerate", "datasets", "torchvision", "PIL", "matplotlib", "safetensors"}
+    code = f"import sys, cyclekd; print(*({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "\n", done.stdout + done.stderr

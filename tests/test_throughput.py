@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.speed.feeds import SIZE, make_jpegs, plan_pass
 from benchmarks.speed.loops import make_loop
@@ -81,30 +83,26 @@ def test_the_cycles_and_the_ideal_have_the_same_loss(monkeypatch: pytest.MonkeyP
     assert losses["cycles"] > 1.5 * losses["plain"]
 
 
-@pytest.mark.parametrize(("workers", "ahead"), [(0, 0), (1, 1), (3, 0), (3, 1)])
-def test_a_pass_waits_for_as_many_batches_as_it_counts(workers: int, ahead: int) -> None:
-    made = []
+class Slow(Dataset[int]):
+    """Samples of 10 ms each."""
 
-    def loader(count: int) -> Iterator[int]:
-        """Gives a batch when `ahead` more are made."""
-        held: list[int] = []
-        for i in range(count):
-            made.append(i)
-            held.append(i)
-            if len(held) > ahead:
-                yield held.pop(0)
-        yield from held
+    def __len__(self) -> int:
+        return 100
 
-    parts = plan_pass(workers, ahead, turns=2)
-    batches = loader(sum(parts))
-    for _ in range(parts.before):
-        next(batches)
-    before = len(made)
-    for _ in range(parts.counted):
-        next(batches)
-    assert len(made) - before == parts.counted == 2 * max(workers, 1)
-    assert before % max(workers, 1) == 0  # the clock starts after a whole turn of the workers
-    assert len(list(batches)) == parts.after == ahead
+    def __getitem__(self, index: int) -> int:
+        time.sleep(0.01)
+        return index
+
+
+@pytest.mark.parametrize(("step_ms", "expected_ms"), [(0, 5), (3, 5), (20, 20)])
+def test_a_pass_takes_no_less_than_the_slower_of_loader_and_steps(step_ms: int, expected_ms: int) -> None:
+    """Two workers make a batch of one sample in 5 ms; what they prepared while nobody looked must not count."""
+    before, counted, after = plan_pass(2, ahead=0, turns=8)
+    batches = iter(DataLoader(Slow(), batch_size=1, num_workers=2, sampler=range(before + counted + after)))
+    timed(lambda batch: time.sleep(0.05), islice(batches, before))
+    seconds = timed(lambda batch: time.sleep(step_ms / 1000), islice(batches, counted))
+    assert 1000 * seconds / counted > 0.8 * expected_ms
+    assert len(list(batches)) == after
 
 
 def test_no_round_starts_that_would_end_too_late() -> None:

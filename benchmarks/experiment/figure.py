@@ -88,5 +88,6 @@ def draw_curves(axes: Axes, arms: Arms, colors: dict[str, str]) -> None:
 
 
 def name_arms(axes: Axes, arms: list[str]) -> None:
-    axes.set_xticks(range(len(arms)), [arm.replace(" ", "\n", 1) for arm in arms])
+    names = [arm.replace(" ", "\n", 1).replace("self-", "self-\n") for arm in arms]
+    axes.set_xticks(range(len(arms)), names, fontsize="small")
     axes.set_xlim(-0.5, max(len(arms) - 0.3, 0.5))

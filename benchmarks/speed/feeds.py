@@ -1,8 +1,7 @@
 """JPEG files of ImageNet's size, and the two loaders that bring them to the device: timm's and ours.
 
 Workers start together and finish their batches together, so batches come in bursts, one per worker. A pass over a
-loader is therefore as long as a few such turns, its clock starts and stops at the end of one, and nothing is left to be
-prepared when it is over.
+loader is therefore timed over whole turns of all workers, between two moments at which as many batches are asked for.
 """
 
 from __future__ import annotations
@@ -63,6 +62,10 @@ def smooth_noise(draw: np.random.Generator) -> Image.Image:
     return Image.fromarray((smooth + draw.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8))
 
 
+WAITING = 2
+"""Batches that every worker of a DataLoader prepares ahead: PyTorch's default."""
+
+
 class Pass(NamedTuple):
     """How many batches of one pass over a loader come before the clock starts, are counted, and are left over."""
 
@@ -72,9 +75,14 @@ class Pass(NamedTuple):
 
 
 def plan_pass(workers: int, ahead: int, turns: int = 3) -> Pass:
-    """For a loader that gives a batch only when it has `ahead` more: as many are waited for as are counted."""
+    """For a loader that gives a batch only when it has `ahead` more, and workers with `WAITING` batches each.
+
+    As many batches as can wait come before the clock starts, and as many are left when it stops: what is counted was
+    neither prepared before nor made while nothing else had to be.
+    """
     turn = max(workers, 1)
-    return Pass(max(turn - ahead, 1), turns * turn, ahead)
+    waiting = WAITING * turn if workers else 0
+    return Pass(max(waiting - ahead, 1), turns * turn, waiting + ahead)
 
 
 class Photos(Dataset[Any]):

@@ -30,7 +30,6 @@ def _options(workers: int, device: torch.device) -> dict[str, Any]:
         "pin_memory": device.type == "cuda",
         "worker_init_fn": leave_signals_to_the_parent,
         "generator": torch.Generator(),  # its own, or every new loader would draw from the training's
-        "prefetch_factor": 4 if workers else None,
     }
 
 
