@@ -5,6 +5,7 @@
     accelerate launch examples/train_deit.py --data FOLDER --cycles 1     # the plain baseline
     accelerate launch examples/train_deit.py --data FOLDER --out runs/mine --resume
 
+One process can be started by `python` as well; it then gets a SIGTERM itself, which `accelerate launch` keeps from it.
 Without --data a small model learns the digits inside scikit-learn, with settings to fit: enough to see every part at
 work, not to judge the method. With --data the defaults are DeiT's recipe, for ImageNet-1k at 224 pixels and a global
 batch of 1,024. FOLDER holds class folders, parquet files or webdataset shards, in train and val.

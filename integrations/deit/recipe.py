@@ -55,10 +55,18 @@ FIRST_LOOK: dict[str, Any] = {
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """Model, cycles, optimisation and augmentation, each under a heading of its own."""
-    model = parser.add_argument_group("the model")
-    model.add_argument("--model", default="deit_tiny_patch16_224", help="a timm name (default: deit_tiny_patch16_224)")
-    model.add_argument(
+    """Model, cycles, teacher, optimisation and augmentation, each under a heading of its own."""
+    add_model_arguments(parser)
+    add_cycle_arguments(parser)
+    add_teacher_arguments(parser)
+    add_optimisation_arguments(parser)
+    add_augmentation_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("the model").add_argument
+    add("--model", default="deit_tiny_patch16_224", metavar="NAME", help="of timm (default: deit_tiny_patch16_224)")
+    add(
         "--model-args",
         nargs="+",
         default={},
@@ -66,98 +74,153 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="more arguments for timm.create_model, such as img_size=32 patch_size=4 depth=4",
     )
-    model.add_argument("--pretrained", action="store_true", help="start from timm's weights, from the hub")
-    model.add_argument("--init-from", type=Path, metavar="FILE", help="start from a .safetensors file of this model")
-    model.add_argument("--new-head", action="store_true", help="with --init-from: without its classifier (fine-tuning)")
-    model.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth (default: 0.1, DeiT's)")
+    add("--pretrained", action="store_true", help="start from timm's own weights, which come from the hub")
+    add("--init-from", type=Path, metavar="FILE", help="start from a .safetensors file of this model")
+    add("--new-head", action="store_true", help="leave out the classifier of --init-from, for other classes")
+    add(
+        "--drop-path",
+        type=float,
+        default=0.1,
+        metavar="P",
+        help="stochastic depth: probability, rising to this in the last block, of leaving a block out for an image; "
+        "DeiT found that it eases convergence (default: 0.1)",
+    )
 
-    cycles = parser.add_argument_group("cycles")
-    cycles.add_argument(
+
+def add_cycle_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("cycles").add_argument
+    add(
         "--cycles",
         type=int,
         default=2,
+        metavar="N",
         help="passes through the blocks in training, each learning from the next; the saved model makes one. 1 is the "
         "plain baseline. N costs about N times the training (default: 2, the paper's)",
     )
-    cycles.add_argument(
+    add(
         "--rho",
         type=float,
         default=0.3,
-        help="weight of the token term, relative to task loss and token variance (default: 0.3, chosen on small "
-        "experiments; lower it where cycle_report says that cycles collapse)",
+        help="weight of the token term relative to task loss and token variance; chosen on small experiments, lower it "
+        "where the tokens of all cycles become the same (default: 0.3)",
     )
-    cycles.add_argument("--alpha", type=float, help="fixed weight, in place of --rho (the paper's 5e-6 is for poses)")
-    cycles.add_argument(
-        "--class-weight", type=float, default=1.0, help="factor of the class (prefix) tokens' term (default: 1)"
+    add("--alpha", type=float, help="fixed weight instead of --rho; the paper's 5e-6 is for heat maps of poses")
+    add(
+        "--class-weight",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="factor of the term of class and other prefix tokens; one that is not 1 makes two groups, each relative "
+        "to its own variance (default: 1)",
     )
-    cycles.add_argument("--patch-weight", type=float, default=1.0, help="factor of the patch tokens' term (default: 1)")
+    add("--patch-weight", type=float, default=1.0, metavar="X", help="the same of the patch tokens (default: 1)")
 
-    teacher = parser.add_argument_group("an external teacher", "DeiT's distillation; every cycle learns from it too.")
-    teacher.add_argument("--teacher", metavar="MODEL", help="a timm name (DeiT: regnety_160)")
-    teacher.add_argument("--teacher-from", type=Path, metavar="FILE", help="its weights (default: timm's hub)")
-    teacher.add_argument("--teacher-args", nargs="+", default={}, action=_KeyValues, metavar="NAME=VALUE")
-    teacher.add_argument(
-        "--distillation", choices=["hard", "soft"], default="hard", help="(default: hard, DeiT's better one)"
-    )
-    teacher.add_argument("--distillation-alpha", type=float, help="(default: 0.5 hard, 0.1 soft, as in DeiT)")
-    teacher.add_argument("--distillation-temperature", type=float, help="of the soft one (default: 3, DeiT's)")
 
-    optimisation = parser.add_argument_group("optimisation")
-    optimisation.add_argument("--epochs", type=int, default=300, help="(default: 300)")
-    optimisation.add_argument("--batch-size", type=int, default=256, help="per process and step (default: 256)")
-    optimisation.add_argument(
-        "--accumulate", type=int, default=1, help="batches per optimizer step, where memory is short (default: 1)"
+def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "DeiT's distillation; every cycle learns from the teacher, through the distillation token if there is one."
+    add = parser.add_argument_group("an external teacher", text).add_argument
+    add("--teacher", metavar="NAME", help="of timm; DeiT took regnety_160, since convolutional teachers worked better")
+    add("--teacher-from", type=Path, metavar="FILE", help="its weights, .safetensors (default: timm's, from the hub)")
+    add(
+        "--teacher-args", nargs="+", default={}, action=_KeyValues, metavar="NAME=VALUE", help="as --model-args, for it"
     )
-    optimisation.add_argument(
+    add(
+        "--distillation",
+        choices=["hard", "soft"],
+        default="hard",
+        help="learn its first choice, which worked better for DeiT, or its whole distribution (default: hard)",
+    )
+    add(
+        "--distillation-alpha",
+        type=float,
+        metavar="X",
+        help="share of the loss (default: 0.5 hard, 0.1 soft, DeiT's)",
+    )
+    add(
+        "--distillation-temperature",
+        type=float,
+        metavar="X",
+        help="that softens both (default: 3, DeiT's)",
+    )
+
+
+def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("optimisation", "AdamW, cosine schedule over steps.").add_argument
+    add("--epochs", type=int, default=300, metavar="N", help="ViTs need long trainings on ImageNet-1k (default: 300)")
+    add("--batch-size", type=int, default=256, metavar="N", help="per process; 4 x 256 is DeiT's 1024 (default: 256)")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches per step, where memory is short (default: 1)")
+    add(
         "--lr",
         type=float,
         default=5e-4,
-        help="at a global batch of 512; scaled linearly with it, as in DeiT (default: 5e-4, so 1e-3 at DeiT's 1024)",
+        help="at a global batch of 512, and scaled linearly with it, so that the recipe carries over to other numbers "
+        "of GPUs (default: 5e-4, that is 1e-3 at DeiT's 1024)",
     )
-    optimisation.add_argument("--weight-decay", type=float, default=0.05, help="(default: 0.05)")
-    optimisation.add_argument("--warmup-epochs", type=int, default=5, help="(default: 5)")
-    optimisation.add_argument("--clip-grad", type=float, help="largest gradient norm (default: none, as in DeiT)")
-    optimisation.add_argument(
-        "--ema", type=float, metavar="DECAY", help="also average the weights, and deploy the average (DeiT: 0.99996)"
+    add(
+        "--weight-decay",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="not on biases, norms, class token and positions (default: 0.05)",
     )
-    optimisation.add_argument("--smoothing", type=float, default=0.1, help="of labels (default: 0.1)")
-    optimisation.add_argument("--channels-last", action="store_true", help="pays for convolutions, not for plain ViTs")
+    add("--warmup-epochs", type=int, default=5, metavar="N", help="of a rate that rises from 1e-6 (default: 5)")
+    add("--clip-grad", type=float, metavar="X", help="largest norm of the gradient (default: none, as in DeiT)")
+    add(
+        "--ema",
+        type=float,
+        metavar="DECAY",
+        help="also keep a moving average of the weights; it is evaluated too, and is what is saved as the model "
+        "(DeiT: 0.99996, for 300 epochs of 1,251 steps; less for shorter runs)",
+    )
+    add("--smoothing", type=float, default=0.1, metavar="X", help="of labels, against overconfidence (default: 0.1)")
+    add("--channels-last", action="store_true", help="memory format that pays for convolutions, not for plain ViTs")
 
-    augmentation = parser.add_argument_group("augmentation")
-    augmentation.add_argument("--input-size", type=int, default=224, help="pixels (default: 224)")
-    augmentation.add_argument(
+
+def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
+    text = "Without it ViTs need far more images than ImageNet-1k has: DeiT's point."
+    add = parser.add_argument_group("augmentation", text).add_argument
+    add("--input-size", type=int, default=224, metavar="PIXELS", help="side of the images (default: 224)")
+    add(
         "--crop",
         choices=["random-resized", "pad"],
         default="random-resized",
-        help="pad is a small random shift, for images of the size of the input (default: random-resized)",
+        help="a random part, resized; or, for images of about the size of the input, a small random shift "
+        "(default: random-resized)",
     )
-    augmentation.add_argument(
-        "--scale", type=float, nargs=2, default=(0.08, 1), help="area of a crop (default: 0.08 1)"
-    )
-    augmentation.add_argument("--hflip", type=float, default=0.5, help="probability (default: 0.5)")
-    augmentation.add_argument(
+    add("--scale", type=float, nargs=2, default=(0.08, 1), help="least and most area of the part (default: 0.08 1)")
+    add("--hflip", type=float, default=0.5, metavar="P", help="0 where left and right mean something (default: 0.5)")
+    add(
         "--rand-augment",
         default="rand-m9-n2-mstd0.5-inc1",
-        help="timm's string, or none (default: m9 n2 mstd0.5)",
+        metavar="TEXT",
+        help="two random operations of magnitude 9 with deviation 0.5, in timm's words; none leaves them out "
+        "(default: rand-m9-n2-mstd0.5-inc1)",
     )
-    augmentation.add_argument("--erase", type=float, default=0.25, help="probability (default: 0.25)")
-    augmentation.add_argument("--mixup", type=float, default=0.8, help="(default: 0.8; 0 is none)")
-    augmentation.add_argument("--cutmix", type=float, default=1.0, help="(default: 1.0; 0 is none)")
-    augmentation.add_argument("--mixup-switch", type=float, default=0.5, help="probability of cutmix (default: 0.5)")
-    augmentation.add_argument(
+    add("--erase", type=float, default=0.25, metavar="P", help="of a box of noise, against occlusion (default: 0.25)")
+    add(
+        "--mixup",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="beta distribution of shares; 0: none (default: 0.8)",
+    )
+    add("--cutmix", type=float, default=1.0, metavar="X", help="the same of pasted areas; 0: none (default: 1.0)")
+    add("--mixup-switch", type=float, default=0.5, metavar="P", help="of cutmix, where both are on (default: 0.5)")
+    add(
         "--repeated-augmentation",
         type=int,
         default=3,
         metavar="R",
-        help="copies of an image in a global batch; an epoch sees 1/R of the images (default: 3, DeiT's; 1 is none)",
+        help="copies of an image in a global batch, each augmented anew; an epoch then has 1/R of the images. A key "
+        "ingredient for DeiT (default: 3; 1: none)",
     )
-    augmentation.add_argument("--crop-pct", type=float, default=0.875, help="in evaluation (default: 0.875)")
-    augmentation.add_argument(
+    add("--crop-pct", type=float, default=0.875, metavar="X", help="central part used in evaluation (default: 0.875)")
+    add(
         "--augment-on",
         choices=["auto", "device", "host"],
         default="auto",
-        help="device: workers decode and crop, the rest is done in batches there; host: all by timm in the workers "
-        "(default: device where a GPU is there)",
+        help="device: workers decode and crop, all else is done in batches there. host: timm does all of it in the "
+        "workers, which few CPUs can do as fast as a GPU trains (default: device where there is a GPU)",
     )
 
 

@@ -51,26 +51,39 @@ from cyclekd.integrations.runs.training import Order, Outcome, Training
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """All settings of a run; without `--data` those not given are of the first look, with it of the recipe."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="accelerate launch %(prog)s [options]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     data = parser.add_argument_group("the data")
     data.add_argument(
         "--data",
+        metavar="FOLDER|NAME",
         help="a folder with class folders, parquet files or webdataset shards in train and val, one saved by datasets, "
         "or a name on the hub such as imagenet-1k (default: the handwritten digits inside scikit-learn, with a model, "
         "epochs and rates to fit: "
         + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in FIRST_LOOK.items() if value)
         + ")",
     )
-    data.add_argument("--train-split", default="train", help="(default: train)")
-    data.add_argument("--validation-split", default="validation", help="(default: validation, else val or test)")
-    data.add_argument("--image-column", help="where the data has several")
-    data.add_argument("--label-column", help="where the data has several")
-    data.add_argument("--num-classes", type=int, help="where labels are bare numbers and the last ones may not occur")
+    data.add_argument("--train-split", default="train", metavar="NAME", help="(default: train)")
+    data.add_argument(
+        "--validation-split", default="validation", metavar="NAME", help="(default: validation, else val or test)"
+    )
+    data.add_argument("--image-column", metavar="NAME", help="where the data has several, as in detection data")
+    data.add_argument("--label-column", metavar="NAME", help="where the data has several, as CIFAR-100 on the hub")
+    data.add_argument(
+        "--num-classes", type=int, metavar="N", help="where labels are bare numbers, of which the last may not occur"
+    )
     data.add_argument("--streaming", action="store_true", help="read the training images as they come, store none here")
     data.add_argument(
-        "--images-per-epoch", type=int, default=1_281_167, help="with --streaming (default: 1281167, ImageNet's)"
+        "--images-per-epoch",
+        type=int,
+        default=1_281_167,
+        metavar="N",
+        help="with --streaming, which cannot count them (default: 1281167, ImageNet's)",
     )
-    data.add_argument("--cache-dir", help="for what `datasets` downloads and converts")
+    data.add_argument("--cache-dir", metavar="FOLDER", help="for what `datasets` downloads and converts")
     add_recipe_arguments(parser)
     add_run_arguments(parser)
     known, _ = parser.parse_known_args(arguments)

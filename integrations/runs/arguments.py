@@ -38,32 +38,44 @@ FREE_ON_RESUME = {
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """`--out`, `--resume`, `--seed`, ... under the heading "the run"."""
-    group = parser.add_argument_group(
-        "the run",
-        "Ctrl-C and SIGTERM end it with a checkpoint (a second one at once); --resume goes on, on the same kind of "
-        "machine bit for bit as if nothing had happened, with any number of --workers.",
+    text = (
+        "Ctrl-C and SIGTERM end a run with a checkpoint, a second one at once. --resume goes on as if nothing had "
+        "happened: on the same machine bit for bit, with any number of workers."
     )
-    group.add_argument(
-        "--out", type=Path, help="folder of the run (default: first free of runs/NAME, runs/NAME-2, ...)"
+    add = parser.add_argument_group("the run", text).add_argument
+    add(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="of this run (default: first free of runs/NAME, runs/NAME-2, ...)",
     )
-    group.add_argument("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
-    group.add_argument("--seed", type=int, default=0, help="of weights, order, augmentation and dropout (default: 0)")
-    group.add_argument("--workers", type=int, help="that read samples, per process (default: its share of cores)")
-    group.add_argument("--minutes", type=float, help="stop with a checkpoint after this time; --resume goes on")
-    group.add_argument("--log-every", type=int, default=50, metavar="STEPS", help="(default: 50)")
-    group.add_argument("--evaluate-every", type=int, default=1, metavar="EPOCHS", help="(default: 1)")
-    group.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="(default: once per epoch)")
-    group.add_argument("--keep", type=int, default=2, metavar="K", help="checkpoints that are kept (default: 2)")
-    group.add_argument(
-        "--report-to", nargs="+", default=[], metavar="TRACKER", help="Accelerate's trackers: tensorboard, wandb, ..."
+    add("--resume", action="store_true", help="go on with the run in --out; start it if there is none")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation and dropout (default: 0)")
+    add("--workers", type=int, metavar="N", help="per process, that read samples (default: its share of the cores)")
+    add(
+        "--minutes",
+        type=float,
+        metavar="X",
+        help="stop with a checkpoint after this time",
     )
-    group.add_argument("--cpu", action="store_true", help="use the CPU where a GPU is there too")
-    group.add_argument(
+    add("--log-every", type=int, default=50, metavar="STEPS", help="a line in log.jsonl and the bar (default: 50)")
+    add("--evaluate-every", type=int, default=1, metavar="EPOCHS", help="every cycle, on all of it (default: 1)")
+    add("--checkpoint-every", type=int, metavar="STEPS", help="what a killed run can lose at most (default: an epoch)")
+    add("--keep", type=int, default=2, metavar="K", help="checkpoints; the best weights are kept besides (default: 2)")
+    add(
+        "--report-to",
+        nargs="+",
+        default=[],
+        metavar="TRACKER",
+        help="also send every record to Accelerate's trackers: tensorboard, wandb, trackio, ...",
+    )
+    add("--cpu", action="store_true", help="use the CPU where a GPU is there too")
+    add(
         "--mixed-precision",
         choices=["no", "bf16", "fp16"],
-        help="(default: what accelerate launch says, else bf16 on a GPU that has it, else no)",
+        help="default: what accelerate launch says, else bf16 on a GPU that has it, else no",
     )
-    group.add_argument("--compile", action="store_true", help="torch.compile the model: minutes first, then faster")
+    add("--compile", action="store_true", help="torch.compile: the first steps take a minute, all others less")
 
 
 def rhythm_of(args: argparse.Namespace) -> Rhythm:
@@ -78,6 +90,7 @@ def rhythm_of(args: argparse.Namespace) -> Rhythm:
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set up for what `accelerate launch` says and these arguments; saves checkpoints under the model's own keys.
 
+    Besides those of `add_run_arguments`, reads `batch_size`, `accumulate` and `clip_grad`.
     Errors: RunError for a tracker that is not installed or a number that makes no sense.
     """
     for name in ("batch_size", "accumulate"):
@@ -90,12 +103,13 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         mixed_precision=_mixed_precision(args),
         gradient_accumulation_steps=args.accumulate,
         log_with=_trackers(args.report_to),
-        project_dir=None,
+        project_dir=".",  # trackers ask for one now; `start.open_run` sets the run's folder
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # it cannot read the batch off our loaders
-        plugin = accelerator.state.deepspeed_plugin
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.batch_size
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # it cannot read the batch off our loaders, and clips by itself, by 1.0 unless told otherwise
+        config = {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_clipping": args.clip_grad or 0.0}
+        accelerator.state.deepspeed_plugin.deepspeed_config |= config
     save_under_plain_names(accelerator)
     return accelerator
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
 from cyclekd.integrations.runs.arguments import FREE_ON_RESUME
 from cyclekd.integrations.runs.environment import describe_environment
@@ -29,7 +29,7 @@ def open_run(
     if accelerator.is_main_process:
         write_json(folder.environment, describe_environment(accelerator.device))
     if args.report_to:
-        accelerator.project_configuration.set_directories(str(folder.path))
+        accelerator.project_configuration = ProjectConfiguration(str(folder.path), logging_dir=str(folder.path))
         accelerator.init_trackers(folder.path.name, config={k: str(v) for k, v in settings.items()})
     return folder
 
@@ -51,7 +51,8 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
 def report(error: RunError, accelerator: Accelerator | None = None) -> int:
     """The message on stderr, once; the exit code 2."""
     if accelerator is None or accelerator.is_main_process:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        message = str(error).rsplit("RunError: ", 1)[-1].strip()  # one from a loader's worker carries its traceback
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return 2
 
 
