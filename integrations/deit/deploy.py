@@ -35,6 +35,8 @@ def save_plain_model(
         "std": settings.std,
         "interpolation": settings.interpolation,
         "crop_pct": settings.crop_pct,
+        "tag": None,  # timm's own, of weights that these are not
+        "license": None,
     }
     config = {"model_args": args.model_args, "label_names": list(classes), "pretrained_cfg": data}
     partial = folder.path / ".partial-model"

@@ -170,7 +170,10 @@ def set_up(accelerator: Accelerator, args: argparse.Namespace, data: ImageData, 
         teacher=teacher,
         memory_format=memory_format,
     )
-    saved = {**vars(args), "processes": accelerator.num_processes, "global_batch": order.global_batch}
+    processes = accelerator.num_processes
+    saved = {**vars(args), "processes": processes, "global_batch": order.global_batch}
+    if args.streaming:  # the order of streamed images depends on who reads them
+        saved["readers"] = processes * max(workers, 1)
     return Training(
         accelerator,
         folder=open_run(accelerator, args, name=f"{args.model}-cycles{args.cycles}", settings=saved),
@@ -267,7 +270,7 @@ def write_card(
         base_model=f"timm/{args.model}" if args.pretrained else None,
         datasets=[args.data or "digits (scikit-learn)"],
         metrics={name: value for name, value in outcome.metrics.items() if not name.startswith(("epoch", "images"))},
-        settings=vars(args),
+        settings={name: value for name, value in vars(args).items() if value not in (None, False, [], {})},
         environment=describe_environment(accelerator.device),
         usage=usage_of(args, classes),
         notes=[
