@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -72,7 +73,7 @@ def experiment() -> int:
     settings = settings_of(args, task)
     check_cycling(task, settings)
     results = Results(args.results / f"gain-{name_of(settings)}-torch{torch.__version__}.csv", settings)
-    work = args.work / results.path.stem.removeprefix("gain-")
+    work = args.work / f"{results.path.stem.removeprefix('gain-')}-{digest(settings)}"
     jobs = args.jobs or jobs_for(settings.device)
     plan = Plan(settings, args.task, cache_of(args), work, args.threads)
     todo = [job for job in jobs_of(args) if not results.holds(job)]
@@ -163,6 +164,11 @@ def name_of(settings: Settings) -> str:
     parts = [settings.task, f"n{settings.cycles}", f"{settings.epochs}epochs"]
     parts += [f"{settings.images}images"] * (settings.images is not None)
     return "-".join([*parts, settings.device, settings.precision, *(["compiled"] * settings.compiled)])
+
+
+def digest(settings: Settings) -> str:
+    """Of all settings: a checkpoint is for a run with exactly these."""
+    return blake2b(repr(settings).encode(), digest_size=4).hexdigest()
 
 
 def check_cycling(task: Task, settings: Settings) -> None:

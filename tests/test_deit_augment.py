@@ -440,6 +440,10 @@ def test_what_timm_cannot_do_either_is_refused_everywhere(config: str) -> None:
             make(settings)
 
 
-def test_an_image_too_small_for_pad_is_refused() -> None:
-    with pytest.raises(RunError, match=r"\(20, 32\) is too small"):
-        PlanAugment(AugmentSettings(size=32, crop="pad"))(Image.new("RGB", (32, 20)), 0)
+@pytest.mark.parametrize("make", [PlanAugment, HostAugment])
+def test_an_image_too_small_for_pad_is_enlarged(make: type[PlanAugment] | type[HostAugment]) -> None:
+    settings = AugmentSettings(size=32, crop="pad", hflip=0, rand_augment=None, erase=0)
+    sample = make(settings)(Image.new("RGB", (24, 20), (255, 0, 0)), 0)
+    assert sample["image"].shape == (3, 32, 32)
+    centre = sample["image"][:, 14:18, 14:18].float()
+    assert (centre == centre[:, :1, :1]).all()

@@ -25,6 +25,7 @@ from cyclekd.integrations.deit.recipe import (
     build_model,
     build_optimizer,
     build_schedule,
+    check_ranges,
     load_weights,
     lr_warning,
     scaled_lr,
@@ -111,12 +112,10 @@ def options(monkeypatch: pytest.MonkeyPatch) -> list[argparse.Action]:
     return parsers[0]._actions
 
 
-@pytest.mark.xfail(strict=True, reason="--teacher-args has no help")
 def test_every_option_is_explained(options: list[argparse.Action]) -> None:
     assert [option.option_strings[0] for option in options if not option.help] == []
 
 
-@pytest.mark.xfail(strict=True, reason="of twelve options the help is the default and nothing more")
 def test_no_explanation_is_the_default_alone(options: list[argparse.Action]) -> None:
     explained = {option.option_strings[0]: re.sub(r"\(default: .*\)", "", option.help or "") for option in options}
     assert [name for name, words in explained.items() if not words.strip()] == []
@@ -130,7 +129,6 @@ def test_the_help_gives_every_default_as_it_is(options: list[argparse.Action]) -
     assert len(numbers) > 20
 
 
-@pytest.mark.xfail(strict=True, reason="those that are 0 are left out, mixup and dropped paths among them")
 def test_the_help_names_every_setting_of_the_first_look(options: list[argparse.Action]) -> None:
     (data,) = [option for option in options if option.dest == "data"]
     assert [name for name in FIRST_LOOK if name.replace("_", "-") not in data.help] == []
@@ -258,13 +256,12 @@ def test_the_model_is_stock_timm_with_the_classes_of_the_data_and_deits_stochast
 
 
 def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(RunError, match=r"--model deit_tinny: timm has no model of this name; some that are near: \['d"):
+    with pytest.raises(RunError, match=r"--model deit_tinny: timm has no model of this name; near are "):
         build_model(parse("--model", "deit_tinny"), 4)
 
 
-@pytest.mark.xfail(strict=True, reason="the first five of *deit* by the alphabet, none of them a deit_tiny")
 def test_a_mistyped_model_is_answered_with_the_one_that_was_meant() -> None:
-    with pytest.raises(RunError, match="'deit_tiny_patch16_224'"):
+    with pytest.raises(RunError, match=r"near are .*deit_tiny_patch16_224"):
         build_model(parse("--model", "deit_tiny_patch16_244"), 4)
 
 
@@ -274,7 +271,6 @@ def test_arguments_that_the_model_does_not_take_are_refused_with_timms_words() -
 
 
 @pytest.mark.parametrize("name", ["num_classes", "drop_path_rate"])
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="given twice, outside of what is caught")
 def test_model_arguments_that_have_an_option_of_their_own_are_refused(name: str) -> None:
     with pytest.raises(RunError, match=name):
         tiny("--model-args", f"{name}=0")
@@ -298,8 +294,8 @@ def test_two_cycles_are_the_default_and_one_is_the_untouched_model() -> None:
 
 
 def test_less_than_one_cycle_is_refused() -> None:
-    with pytest.raises(RunError, match="--cycles 0: at least one pass, which is plain training"):
-        add_cycles(tiny(), parse("--cycles", "0"))
+    with pytest.raises(RunError, match="--cycles 0: has to be at least 1"):
+        check_ranges(parse("--cycles", "0"))
 
 
 def test_class_and_patch_tokens_are_groups_once_they_are_weighed() -> None:
@@ -438,9 +434,6 @@ def test_of_many_wrong_tensors_some_are_named_and_the_rest_counted(stored: Path)
         tiny("--init-from", str(stored), "--model-args", *(f"{k}={v}" for k, v in {**SIZE, "depth": 2}.items()))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="any misfit of the head is taken for one of classes: 'has 4 ..., the data has 4'"
-)
 def test_a_head_of_another_width_is_no_matter_of_classes(stored: Path) -> None:
     wide = [f"{name}={value}" for name, value in {**SIZE, "embed_dim": 48}.items()]
     with pytest.raises(RunError, match="does not fit the model"):

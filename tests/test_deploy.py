@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.data import resolve_model_data_config
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from cyclekd import run_cycles
@@ -48,7 +49,7 @@ def images(count: int = 3) -> Tensor:
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Two cycles and, for the second model, a teacher; three steps, after which one pass and two differ."""
     size = {name: value for name, value in SIZE.items() if name != "global_pool" or "distilled" not in request.param}
-    given = ["--data", "x", "--model", request.param, "--mixup", "0", "--cutmix", "0", "--crop-pct", "0.9"]
+    given = ["--data", "x", "--model", request.param, "--mixup", "0", "--cutmix", "0", "--crop-pct", "0.85"]
     given += ["--input-size", "16", "--model-args", *(f"{name}={value}" for name, value in size.items())]
     teacher = ["--teacher", "t"] if "distilled" in request.param else []
     args = parse_arguments("", [*given, *teacher])
@@ -75,12 +76,9 @@ def test_stock_timm_takes_the_weights_strictly_and_gives_the_logits_of_the_train
 
 
 def test_timm_makes_the_model_from_the_folder_alone(saved) -> None:
-    try:
-        model = timm.create_model(f"local-dir:{saved.folder.final}", pretrained=True)
-    except (AssertionError, RuntimeError) as error:
-        if "local-dir" not in str(error):
-            raise
+    if not hasattr(timm.models._hub, "load_model_config_from_path"):
         pytest.skip("this timm does not open folders")
+    model = timm.create_model(f"local-dir:{saved.folder.final}", pretrained=True)
     assert torch.equal(model.eval()(images()), saved.model(images()))
 
 
@@ -88,12 +86,12 @@ def test_the_config_says_how_images_were_prepared_and_what_the_classes_are(saved
     config = json.loads((saved.folder.final / "config.json").read_text())
     assert config["architecture"] == saved.args.model
     assert config["num_classes"] == 4 and config["label_names"] == CLASSES
-    data = {name: config["pretrained_cfg"][name] for name in ("input_size", "mean", "std", "crop_pct", "interpolation")}
-    data |= {name: tuple(data[name]) for name in ("input_size", "mean", "std")}
-    expected = {"input_size": (3, 16, 16), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-    assert data == {**expected, "crop_pct": 0.9, "interpolation": "bicubic"}
-    model = timm.create_model(f"local-dir:{saved.folder.final}", pretrained=True)
-    assert data.items() <= resolve_model_data_config(model).items()
+    expected = {"input_size": [3, 16, 16], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    expected |= {"crop_pct": 0.85, "interpolation": "bicubic"}
+    read = resolve_data_config(pretrained_cfg=config["pretrained_cfg"])  # as timm's own validate.py reads it
+    for found in (config["pretrained_cfg"], read):
+        plain = {name: list(found[name]) if isinstance(found[name], tuple) else found[name] for name in expected}
+        assert plain == expected
 
 
 def test_the_usage_in_the_card_runs_in_the_run_folder(saved, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,10 +127,7 @@ def test_nothing_but_weights_and_config_is_left(saved) -> None:
 
 FULL_DISK = [
     OSError(28, "No space left on device"),
-    pytest.param(
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        marks=pytest.mark.xfail(strict=True, raises=SafetensorError, reason="safetensors has an error of its own"),
-    ),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
 ]
 
 
@@ -141,15 +136,18 @@ def test_a_full_disk_is_named_and_the_model_saved_before_stays(
     saved, error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(model: nn.Module, place: str, **options: Any) -> None:
-        Path(place).mkdir()
+        Path(place).mkdir(exist_ok=True)
         (Path(place) / "model.safetensors").write_bytes(b"half")
         raise error
 
     before = {path: path.read_bytes() for path in saved.folder.final.iterdir()}
     monkeypatch.setattr(deploy, "save_for_hf", fail)
     other = {name: torch.zeros_like(value) for name, value in saved.model.state_dict().items()}
-    with pytest.raises(RunError, match=r"model could not be written: .*No space left"):
-        deploy.save_plain_model(saved.folder, other, saved.args, CLASSES, augment_settings(saved.args))
+    try:
+        with pytest.raises(RunError, match=r"model could not be written: .*No space left"):
+            deploy.save_plain_model(saved.folder, other, saved.args, CLASSES, augment_settings(saved.args))
+    finally:
+        shutil.rmtree(saved.folder.path / ".partial-model", ignore_errors=True)
     assert {path: path.read_bytes() for path in saved.folder.final.iterdir()} == before
 
 

@@ -178,18 +178,12 @@ def test_a_teacher_of_other_classes_is_refused_with_both_numbers(seven_classes: 
         build_teacher(parse_arguments("", asked(seven_classes)), 4, CPU)
 
 
-@pytest.mark.xfail(strict=True, reason="the message is that of --init-from; --new-head does nothing to a teacher")
 def test_a_teacher_of_other_classes_is_not_advised_to_get_a_new_head(seven_classes: Path) -> None:
     with pytest.raises(RunError) as refused:
         build_teacher(parse_arguments("", asked(seven_classes)), 4, CPU)
     assert "--new-head" not in str(refused.value)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="timm drops a head that does not fit, so the teacher's is a random one",
-)
 def test_a_teacher_from_the_hub_of_other_classes_is_refused(seven_classes: Path) -> None:
     stored = f"pretrained_cfg_overlay={{'file': {str(seven_classes)!r}, 'num_classes': 7}}"
     given = ["--teacher", "deit_tiny_patch16_224", *sized("--teacher-args"), stored]

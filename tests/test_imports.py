@@ -27,7 +27,7 @@ LAYERS = [
 
 INTEGRATION_LAYERS = [
     {"runs.__init__", "runs.errors", "runs.seeds", "runs.stopping", "runs.environment"},
-    {"runs.folder", "runs.sampling", "runs.loading", "runs.checkpoints"},
+    {"runs.folder", "runs.processes", "runs.sampling", "runs.loading", "runs.checkpoints"},
     {"runs.progress"},
     {"runs.curves", "runs.card"},
     {"runs.training"},

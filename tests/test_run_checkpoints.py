@@ -97,27 +97,6 @@ def test_weights_and_averaged_weights_are_safetensors_under_the_models_own_names
     assert read_progress(path) == {"step": 1, "note": "here"}
 
 
-def test_a_wrapper_that_accelerate_puts_around_the_model_leaves_the_names_alone(
-    accelerator: Callable[..., Accelerator], checkpoints: Checkpoints
-) -> None:
-    accelerate, model, _ = prepare(accelerator(dynamo_backend="eager"))
-    assert all(name.startswith("_orig_mod.") for name in model.state_dict())
-    path = checkpoints.save(accelerate, 1, {})
-    assert load_file(path / "model.safetensors").keys() == {"weight", "bias"}
-    expected = accelerate.unwrap_model(model).weight.detach().clone()
-
-    plain, model, _ = prepare(accelerator())
-    checkpoints.load(plain, path)
-    assert torch.equal(model.weight, expected)
-
-
-def test_the_same_step_again_takes_the_place_of_the_first(prepared: tuple[Any, ...], checkpoints: Checkpoints) -> None:
-    checkpoints.save(prepared[0], 3, {"try": 1})
-    path = checkpoints.save(prepared[0], 3, {"try": 2})
-    assert read_progress(path)["try"] == 2
-    assert names(checkpoints) == ["step-00000003"]
-
-
 # -- failing and being killed --------------------------------------------------------------------------------
 
 
@@ -143,7 +122,14 @@ def fail_to_reach_the_disk(accelerator: Accelerator, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-@pytest.mark.parametrize("fail", [fail_to_save_the_state, fail_to_save_the_averaged_weights, fail_to_reach_the_disk])
+@pytest.mark.parametrize(
+    "fail",
+    [
+        fail_to_save_the_state,
+        fail_to_save_the_averaged_weights,
+        fail_to_reach_the_disk,
+    ],
+)
 def test_a_checkpoint_that_cannot_be_written_is_removed_and_the_one_before_named(
     prepared: tuple[Any, ...],
     checkpoints: Checkpoints,
@@ -286,7 +272,7 @@ def test_the_checkpoint_of_another_model_is_refused_by_its_path(
     accelerator: Callable[..., Accelerator], checkpoints: Checkpoints
 ) -> None:
     path = checkpoints.save(prepare(accelerator())[0], 1, {})
-    with pytest.raises(RunError, match=r"(?s)step-00000001 does not fit this model or cannot be read: .*size mismatch"):
+    with pytest.raises(RunError, match=r"(?s)step-00000001 does not fit this model or is damaged .*size mismatch"):
         checkpoints.load(prepare(accelerator(), width=4)[0], path)
 
 
@@ -298,22 +284,8 @@ def test_a_checkpoint_without_averaged_weights_is_refused_where_they_are_needed(
         checkpoints.load(prepared[0], path, nn.Linear(3, 2))
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="SafetensorError and those of progress.json are not caught")
-
-
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        pytest.param("model.safetensors", "cut", marks=NOT_YET),
-        pytest.param("averaged.safetensors", "cut", marks=NOT_YET),
-        pytest.param("progress.json", "cut", marks=NOT_YET),
-        pytest.param("progress.json", "gone", marks=NOT_YET),
-        ("model.safetensors", "gone"),
-        ("averaged.safetensors", "gone"),
-        ("optimizer.bin", "cut"),
-        ("optimizer.bin", "gone"),
-    ],
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "averaged.safetensors", "optimizer.bin", "progress.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_checkpoint_is_named(
     prepared: tuple[Any, ...], checkpoints: Checkpoints, name: str, damage: str
 ) -> None:

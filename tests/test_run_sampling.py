@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -238,6 +240,45 @@ def test_a_loader_draws_nothing_from_the_generator_of_the_training() -> None:
     before = torch.get_rng_state()
     loaded(workers=0)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+CRASH = """
+import torch
+from cyclekd.integrations.runs.loading import load_batches, on_device
+from cyclekd.integrations.runs.sampling import EvaluationBatches
+
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        if index == {unreadable}:
+            raise ValueError("a crash")
+        return {{"number": torch.tensor(index)}}
+
+def train():
+    cpu = torch.device("cpu")
+    stream = on_device(load_batches(Numbers(), EvaluationBatches(9, batch=1), 1, cpu), cpu)
+    assert next(stream)["number"].item() == 0
+    next(stream)
+    raise ValueError("a crash")
+
+try:
+    train()
+except {caught} as error:
+    raise SystemExit(2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unreadable", "caught", "code"),
+    [(None, "OSError", 1), (1, "OSError", 1), (1, "ValueError", 2)],
+    ids=["in the training", "in a worker", "in a worker, and is told"],
+)
+def test_a_training_with_workers_that_fails_does_end(unreadable: int | None, caught: str, code: int) -> None:
+    """Until a process has ended, the traceback that it ends with keeps the loader and its workers."""
+    command = [sys.executable, "-c", CRASH.format(unreadable=unreadable, caught=caught)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert code == 2 or ("ValueError: " in done.stderr and "a crash" in done.stderr)
 
 
 class Counting(IterableDataset[int]):

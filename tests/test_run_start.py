@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import Accelerator, tracking
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
+from torch._utils import ExceptionWrapper
 
+from cyclekd.integrations.runs import arguments as arguments_module
 from cyclekd.integrations.runs.arguments import (
     FREE_ON_RESUME,
     add_run_arguments,
@@ -22,7 +24,8 @@ from cyclekd.integrations.runs.arguments import (
     workers_of,
 )
 from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.start import on_main_process, open_run, report
+from cyclekd.integrations.runs.processes import on_main_process
+from cyclekd.integrations.runs.start import open_run, report
 from cyclekd.integrations.runs.training import Rhythm
 
 
@@ -50,6 +53,8 @@ def arguments(*given: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--clip-grad", type=float)
     parser.add_argument("--lr", type=float, default=0.1)
     add_run_arguments(parser)
     return parser.parse_args([*map(str, given), "--cpu"])
@@ -140,7 +145,7 @@ def test_trackers_begin_with_the_settings_and_the_name_of_the_run(tmp_path: Path
     args = arguments("--out", tmp_path / "run", "--report-to", "recorder")
     open_run(accelerator, args, "model", vars(args))
     assert recorder.begun["lr"] == "0.1"
-    assert Path(accelerator.project_dir) == tmp_path / "run"
+    assert Path(accelerator.project_dir) == Path(accelerator.logging_dir) == tmp_path / "run"
 
 
 # -- problems ------------------------------------------------------------------------------------------------
@@ -163,6 +168,17 @@ def test_a_problem_is_one_line_on_stderr_and_exit_code_2(
     assert captured.err == 2 * "error: no such thing\n" and not captured.out
 
 
+def test_a_problem_in_a_worker_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise RunError("no such thing")
+    except RunError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(RunError, match="Traceback") as raised:
+        wrapped.reraise()
+    assert report(raised.value) == 2
+    assert capsys.readouterr().err == "error: no such thing\n"
+
+
 def test_other_processes_do_not_repeat_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
     other = argparse.Namespace(is_main_process=False)
     assert report(RunError("no such thing"), other) == 2
@@ -179,7 +195,9 @@ def test_a_rhythm_is_what_was_given() -> None:
     assert rhythm_of(arguments(*given)) == expected
 
 
-@pytest.mark.parametrize("option", ["--log-every", "--evaluate-every", "--checkpoint-every", "--keep", "--minutes"])
+@pytest.mark.parametrize(
+    "option", ["--log-every", "--evaluate-every", "--checkpoint-every", "--keep", "--minutes", "--clip-grad"]
+)
 @pytest.mark.parametrize("value", [0, -1])
 def test_a_rhythm_that_never_comes_is_refused(option: str, value: int) -> None:
     with pytest.raises(RunError, match=f"{option} {value}.*above 0"):
@@ -187,7 +205,15 @@ def test_a_rhythm_that_never_comes_is_refused(option: str, value: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--batch-size", 0), ("--accumulate", 0), ("--accumulate", -2), ("--workers", -1)]
+    ("option", "value"),
+    [
+        ("--batch-size", 0),
+        ("--accumulate", 0),
+        ("--accumulate", -2),
+        ("--epochs", 0),
+        ("--seed", -1),
+        ("--workers", -1),
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused(option: str, value: int) -> None:
     with pytest.raises(RunError, match=f"{option} {value}"):
@@ -210,14 +236,13 @@ def test_precision_is_the_arguments_else_that_of_the_launch_else_full_on_a_cpu(m
 
 
 def test_an_unknown_tracker_is_refused_by_name() -> None:
-    with pytest.raises(RunError, match="--report-to abacus"):
+    with pytest.raises(RunError, match=r"--report-to abacus: Accelerate has .*tensorboard"):
         make_accelerator(arguments("--report-to", "abacus"))
 
 
-@pytest.mark.xfail(strict=True, reason="Accelerate wants to log that before there is an Accelerator: RuntimeError")
 def test_a_tracker_that_is_not_installed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [])
-    with pytest.raises(RunError, match=r"--report-to tensorboard.*install"):
+    monkeypatch.setattr(arguments_module, "get_available_trackers", lambda: [])
+    with pytest.raises(RunError, match="--report-to tensorboard: tensorboard is not installed"):
         make_accelerator(arguments("--report-to", "tensorboard"))
 
 

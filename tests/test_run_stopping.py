@@ -36,7 +36,7 @@ def before() -> Iterator[None]:
 class Processes:
     """An accelerator that adds the other processes' value."""
 
-    device = torch.device("cpu")
+    device, num_processes = torch.device("cpu"), 2
 
     def __init__(self, others: int) -> None:
         self.others = others

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from timm.data import Mixup
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from cyclekd.integrations.deit import train as train_module
 from cyclekd.integrations.deit.data import load_data
 from cyclekd.integrations.deit.distillation import DistillationLoss, Teacher
 from cyclekd.integrations.deit.task import Classification
-from cyclekd.integrations.deit.train import main, parse_arguments, read_data, training_batches
+from cyclekd.integrations.deit.train import main, parse_arguments, training_batches
 from cyclekd.integrations.runs.sampling import TrainingBatches
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +121,7 @@ def test_accelerate_launch_trains_on_the_embedded_digits_and_lists_its_files(tmp
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1"]
     search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launch, str(SCRIPT), "--epochs", "2"]
+    command = [*launch, str(SCRIPT), "--epochs", "1"]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs/deit_tiny_patch16_224-cycles2"
@@ -130,12 +130,12 @@ def test_accelerate_launch_trains_on_the_embedded_digits_and_lists_its_files(tmp
     assert "the recipe's is 1024" not in done.stdout, "the first look has a recipe of its own"
 
     last = records(folder, "evaluation")[-1]
-    assert last["images"] == 400 and last["epoch"] == 2
+    assert last["images"] == 400 and last["epoch"] == 1
     for cycle, which in ((1, "one pass, as deployed"), (2, "2 cycles")):
         found = re.search(rf"^  {which} +top1 ([\d.]+)  top5 ([\d.]+)  loss ([\d.]+)$", done.stdout, re.MULTILINE)
         expected = [last[f"{name}_{cycle}"] for name in ("top1", "top5", "loss")]
         assert [float(number) for number in found.groups()] == pytest.approx(expected, abs=0.006)
-    assert last["top1_1"] > 20 and records(folder, "train")[-1]["loss"] < records(folder, "train")[0]["loss"]
+    assert last["top1_1"] > 15 and records(folder, "train")[-1]["loss"] < records(folder, "train")[0]["loss"]
 
     names = listed(done.stdout)
     expected = ["README.md", "best/model.safetensors", "config.json", "curves.png", "environment.json", "log.jsonl"]
@@ -163,6 +163,11 @@ def test_a_run_says_what_it_does_before_it_begins(start: Command) -> None:
     assert "deit_tiny_patch16_224, 3 cycles, fp32 on cpu\n" in printed
     assert "1 epochs of 2 steps; global batch 20 (10 x 1 processes x 2 accumulated)\n" in printed
     assert "note: the global batch is 20, the recipe's is 1024" in printed
+    written = {str(path.relative_to("here")) for path in Path("here").rglob("*") if path.is_file()}
+    assert {name for name in written if "checkpoints" not in name} | {"checkpoints/step-00000002"} == set(
+        listed(printed)
+    )
+    assert "unreadable" not in printed and records(Path("here"), "skipped") == []
     for which in ("one pass, as deployed", "2 cycles", "3 cycles"):
         assert len(re.findall(rf"^  {which} +top1 [\d.]+  top5 [\d.]+  loss [\d.]+$", printed, re.MULTILINE)) == 1
 
@@ -196,8 +201,8 @@ def test_a_finished_run_that_is_resumed_trains_no_further(start: Command) -> Non
 def test_the_trained_weights_are_those_of_a_loop_written_by_hand(start: Command, digits, cache, cycles: int) -> None:
     """Nothing random but weights and order: the images are whole, and no label is mixed or smoothed."""
     fixed = ["--crop", "random-resized", "--scale", "1", "1", "--hflip", "0", "--erase", "0", "--drop-path", "0"]
-    fixed += ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--alpha", "0.1"]
-    code, *_ = start("--out", "here", *fixed, "--cycles", str(cycles), "--epochs", "2", "--warmup-epochs", "1")
+    fixed += ["--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--alpha", "0.1", "--cycles", str(cycles)]
+    code, *_ = start("--out", "here", *fixed, "--lr", "0.5", "--epochs", "2", "--warmup-epochs", "1")
     assert code == 0
     found = load_file("here/model/model.safetensors")
 
@@ -208,11 +213,14 @@ def test_the_trained_weights_are_those_of_a_loop_written_by_hand(start: Command,
     decays = {name: p.ndim > 1 and name not in ("cls_token", "pos_embed") for name, p in model.named_parameters()}
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
-        [{"params": [parameters[n] for n in decays if decays[n] is on], "weight_decay": 0.05 * on} for on in (0, 1)]
+        [
+            {"params": [parameters[name] for name in decays if decays[name]], "weight_decay": 0.05},
+            {"params": [parameters[name] for name in decays if not decays[name]], "weight_decay": 0.0},
+        ]
     )
     if cycles == 2:
         wrap_multicycle(model, cycles=2)
-    peak = 0.1 * 10 / 512
+    peak = 0.5 * 10 / 512
     for step, draws in enumerate(TrainingBatches(TRAIN, batch=10, epochs=2, seed=0)):
         for group in optimizer.param_groups:
             warming = 1e-6 + (peak - 1e-6) * step / 5
@@ -229,13 +237,13 @@ def test_the_trained_weights_are_those_of_a_loop_written_by_hand(start: Command,
         optimizer.step()
         optimizer.zero_grad()
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
     assert max((value - first[name]).abs().max() for name, value in found.items()) > 1e-2
 
 
 def pixels(image: Image.Image) -> Tensor:
     """[3, 8, 8], normalised as ImageNet is."""
-    grey = torch.tensor(list(image.convert("L").getdata()), dtype=torch.float32).view(1, 8, 8) / 255
+    grey = torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).view(1, 8, 8) / 255
     return (grey - MEAN[:, None, None]) / STD[:, None, None]
 
 
@@ -272,20 +280,19 @@ def everything(folder: Path) -> dict[Path, bytes | None]:
 
 INPUT = {
     "missing folder": (["--data", "./absent"], r"--data ./absent: there is no such folder"),
-    "no cycle": (["--cycles", "0"], r"--cycles 0: at least one pass, which is plain training"),
+    "no cycle": (["--cycles", "0"], r"--cycles 0: has to be at least 1"),
     "odd batch": (["--batch-size", "5"], r"--batch-size 5: mixup pairs images, so it has to be even"),
     "large batch": (["--batch-size", "52"], r"one global batch is 52 samples .*there are 50 .* smaller --batch-size"),
     "no batch": (["--batch-size", "0"], r"--batch-size 0: has to be at least 1"),
     "unknown model": (["--model", "deit_tinny"], r"--model deit_tinny: timm has no model of this name"),
-    "unknown tracker": (["--report-to", "nothing"], r"--report-to nothing: .*nothing"),
+    "unknown tracker": (["--report-to", "nothing"], r"--report-to nothing: Accelerate has .*tensorboard"),
     "number of classes": (["--num-classes", "7"], r"has 10 classes, and --num-classes says 7"),
-    "resume without folder": (["--resume"], r"--resume: which run\? Name its folder with --out"),
     "average": (["--ema", "1.5"], r"--ema 1.5: a decay is between 0 and 1"),
     "weights": (["--init-from", "absent"], r"--init-from absent: there is no such file"),
     "teacher": (["--teacher", "absent"], r"--teacher absent: timm has no model of this name"),
     "augmentation": (["--rand-augment", "junk"], r"timm does not understand 'junk'"),
     "probability": (["--erase", "2"], r"erase 2.0: a probability is between 0 and 1"),
-    "negative weight": (["--rho", "-1"], r"rho=-1.0"),
+    "negative weight": (["--rho", "-1"], r"--rho -1.0: has to be at least 0"),
     "rhythm": (["--checkpoint-every", "0"], r"--checkpoint-every 0: has to be above 0"),
     "several stacks": (["--model", "resnet18", "--model-args", "in_chans=3"], r"ResNet"),
 }
@@ -297,40 +304,28 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(refused, ar
     assert re.search(message, refused(*arguments, "--out", "chosen"))
 
 
-def bug(*arguments: str, why: str, error: type[BaseException] | None = None, name: str) -> Any:
-    return pytest.param(list(arguments), id=name, marks=pytest.mark.xfail(strict=True, raises=error, reason=why))
+NOT_INSTALLED = next(name for name in ("dvclive", "swanlab") if not importlib.util.find_spec(name))
+MORE_INPUT = {
+    "no epoch": (["--epochs", "0"], r"--epochs 0"),
+    "negative rate": (["--lr", "-1"], r"--lr -1"),
+    "negative seed": (["--seed", "-1"], r"--seed -1"),
+    "dropped paths": (["--drop-path", "2"], r"--drop-path 2"),
+    "smoothing": (["--mixup", "0", "--cutmix", "0", "--smoothing", "2"], r"--smoothing 2"),
+    "size of images": (sized("--model-args", img_size=16), r"--input-size 8 .*16"),
+    "absent tracker": (["--report-to", NOT_INSTALLED], rf"{NOT_INSTALLED} is not installed"),
+    "no clipping": (["--clip-grad", "0"], r"--clip-grad 0.0: has to be above 0"),
+    "head of nothing": (["--new-head"], r"--new-head: goes with --init-from"),
+    "half precision": (["--mixed-precision", "fp16"], r"fp16: needs a GPU"),
+}
 
 
-STILL_WRONG = [
-    bug("--epochs", "0", name="no epoch", why="timm's scheduler asserts", error=AssertionError),
-    bug("--lr", "-1", name="negative rate", why="torch's optimizer raises", error=ValueError),
-    bug("--seed", "-1", name="negative seed", why="numpy refuses it", error=ValueError),
-    bug("--drop-path", "2", name="dropped paths", why="torch refuses it in the first step", error=RuntimeError),
-    bug(
-        *sized("--model-args", img_size=16),
-        name="another size of images",
-        why="timm asserts in the first step, and the run folder stays",
-        error=AssertionError,
-    ),
-    bug(
-        *("--mixup", "0", "--cutmix", "0", "--smoothing", "2"),
-        name="smoothing",
-        why="timm's loss asserts",
-        error=AssertionError,
-    ),
-    bug(
-        *("--report-to", next(name for name in ("dvclive", "swanlab") if not importlib.util.find_spec(name))),
-        name="tracker that is not installed",
-        why="Accelerate logs about it before it has a state",
-        error=RuntimeError,
-    ),
-    bug("--new-head", name="new head alone", why="it does nothing without --init-from", error=AssertionError),
-]
+@pytest.mark.parametrize(("arguments", "message"), MORE_INPUT.values(), ids=MORE_INPUT)
+def test_more_bad_input_is_refused_in_one_line(refused, arguments: list[str], message: str) -> None:
+    assert re.search(message, refused(*arguments))
 
 
-@pytest.mark.parametrize("arguments", STILL_WRONG)
-def test_more_bad_input_is_refused_in_one_line(refused, arguments: list[str]) -> None:
-    assert arguments[0] in refused(*arguments)
+def test_resuming_needs_the_name_of_a_folder(refused) -> None:
+    assert "--resume: which run? Name its folder with --out" in refused("--resume")
 
 
 def test_folders_without_images_are_refused(refused, tmp_path: Path) -> None:
@@ -369,11 +364,8 @@ def test_labels_out_of_range_are_refused_with_split_and_row(refused, split: str)
     assert f"split {split!r}: 3 of 12 labels lie outside of 0 .. 3; the first is 9 in row 3" in message
 
 
-@pytest.mark.parametrize("classes", [7])
-def test_weights_of_other_classes_are_refused_with_the_way_out(refused, start: Command, classes: int) -> None:
-    from safetensors.torch import save_file
-
-    save_file(timm.create_model("deit_tiny_patch16_224", num_classes=classes, **SIZE).state_dict(), "other.safetensors")
+def test_weights_of_other_classes_are_refused_with_the_way_out(refused, start: Command) -> None:
+    save_file(timm.create_model("deit_tiny_patch16_224", num_classes=7, **SIZE).state_dict(), "other.safetensors")
     message = refused("--init-from", "other.safetensors")
     assert "has 7 classes" in message and "the data has 10" in message and "--new-head" in message
     assert start("--init-from", "other.safetensors", "--new-head")[0] == 0
@@ -405,11 +397,6 @@ def test_unreadable_images_are_replaced_in_training_not_counted_in_evaluation_an
     last = records(Path("here"), "evaluation")[-1]
     assert last["images"] == VALIDATION - 1 and last["skipped"] == 2
     assert "Validation images: 34." in Path("here/README.md").read_text()
-
-
-def test_a_run_without_broken_images_says_nothing_of_them(start: Command) -> None:
-    _, printed, _ = start("--out", "here")
-    assert "unreadable" not in printed and records(Path("here"), "skipped") == []
 
 
 # -- the task: losses and metrics ------------------------------------------------------------------------------
@@ -444,7 +431,7 @@ def task_of(cycles: int, **options: Any) -> Classification:
     return Classification(
         Accelerator(cpu=True),
         options.pop("criterion", CycleLoss(F.cross_entropy)),
-        augment=lambda batch: batch["image"],
+        augment=lambda batch: batch["image"].clone(),  # mixup works in place
         normalise=lambda images: images.float() / 255 - 0.5,
         validation=Validation(),
         batch=4,

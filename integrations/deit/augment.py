@@ -100,6 +100,7 @@ class HostAugment:
                 "DeiT's string is 'rand-m9-n2-mstd0.5-inc1'"
             ) from error
         self.transforms = [transform for part in parts for transform in part.transforms]
+        self.settings = settings
         if settings.crop == "pad":
             self.transforms[0] = RandomCrop(settings.size, padding=settings.size // 8)
         for transform in self.transforms:
@@ -110,6 +111,8 @@ class HostAugment:
     def __call__(self, image: Image.Image, seed: int) -> dict[str, Tensor]:
         """`image`: float32 [3, S, S], normalised."""
         result = decode(image, None)
+        if self.settings.crop == "pad":
+            result = large_enough(result, self.settings)
         with seeded(seed):
             for transform in self.transforms:
                 result = transform(result)
@@ -138,10 +141,19 @@ class PlanAugment:
         """`image`: uint8 [3, S, S]; `plan`: float32 [P]."""
         plan = draw_plans(self.settings, 1, torch.Generator().manual_seed(seed))
         if self.settings.crop == "pad":
-            whole = pil_to_tensor(decode(image, None)).unsqueeze(0)
+            whole = pil_to_tensor(large_enough(decode(image, None), self.settings)).unsqueeze(0)
             return {"image": crop_on_device(whole, plan, self.settings)[0], "plan": plan[0]}
         box = crop_boxes(plan.numpy(), self.settings, image.height, image.width)[0].tolist()
         return {"image": pil_to_tensor(resized_crop(image, box, self.settings)), "plan": plan[0]}
+
+
+def large_enough(image: Image.Image, settings: AugmentSettings) -> Image.Image:
+    """The image itself, or enlarged so that its short side has S pixels, for a crop that does not resize."""
+    scale = settings.size / min(image.size)
+    if scale <= 1:
+        return image
+    sides = (max(settings.size, round(side * scale)) for side in image.size)
+    return image.resize(tuple(sides), str_to_pil_interp(settings.interpolation))
 
 
 def resized_crop(image: Image.Image, box: list[int], settings: AugmentSettings) -> Image.Image:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import timm
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import Tensor
 
@@ -39,15 +41,13 @@ def save_plain_model(
         "license": None,
     }
     config = {"model_args": args.model_args, "label_names": list(classes), "pretrained_cfg": data}
-    partial = folder.path / ".partial-model"
     try:
-        save_for_hf(model, str(partial), model_config=config, safe_serialization=True)
-        folder.final.mkdir(exist_ok=True)
-        for file in sorted(partial.iterdir()):
-            write_atomically(folder.final / file.name, file.read_bytes())
-            file.unlink()
-        partial.rmdir()
-    except OSError as error:
+        with TemporaryDirectory(prefix=".partial-", dir=folder.path) as partial:
+            save_for_hf(model, partial, model_config=config, safe_serialization=True)
+            folder.final.mkdir(exist_ok=True)
+            for file in sorted(Path(partial).iterdir()):
+                write_atomically(folder.final / file.name, file.read_bytes())
+    except (OSError, SafetensorError) as error:
         raise RunError(f"{folder.final} could not be written: {error}; the checkpoints are as they were") from error
     return folder.final
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +242,47 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+RANGES = {
+    "epochs": (1, math.inf),
+    "cycles": (1, math.inf),
+    "repeated_augmentation": (1, math.inf),
+    "images_per_epoch": (1, math.inf),
+    "drop_path": (0, 0.99),
+    "smoothing": (0, 0.99),
+    "mixup_switch": (0, 1),
+    "distillation_alpha": (0, 1),
+    "distillation_temperature": (1e-3, math.inf),
+    "lr": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "warmup_epochs": (0, math.inf),
+    "mixup": (0, math.inf),
+    "cutmix": (0, math.inf),
+    "rho": (0, math.inf),
+    "alpha": (0, math.inf),
+}
+"""Least and largest value of arguments that nothing else checks before the first step."""
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Errors: RunError for a number out of range, and for arguments that say nothing together."""
+    for name, (least, most) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value <= most:
+            bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+            raise RunError(f"--{name.replace('_', '-')} {value}: has to be {bounds}")
+    if args.new_head and args.init_from is None:
+        raise RunError("--new-head: goes with --init-from; without it every head is new")
+    if args.pretrained and args.init_from is not None:
+        raise RunError("--pretrained, --init-from: both name weights to start from; leave one out")
+
+
 def augment_settings(args: argparse.Namespace) -> AugmentSettings:
+    """As the arguments say, with the mean and standard deviation that timm has for the model."""
+    require_model(args.model, "--model")
+    pretrained = timm.models.get_pretrained_cfg(args.model)
     return AugmentSettings(
+        mean=tuple(pretrained.mean),
+        std=tuple(pretrained.std),
         size=args.input_size,
         scale=tuple(args.scale),
         hflip=args.hflip,
@@ -257,16 +298,11 @@ def build_model(args: argparse.Namespace, classes: int) -> nn.Module:
 
     Errors: RunError for an unknown name or arguments that it does not take, and for weights that do not fit.
     """
-    model = _create(args.model, "--model", num_classes=classes, drop_path_rate=args.drop_path, **args.model_args)
-    if args.pretrained:
-        model = _create(
-            args.model,
-            "--model",
-            pretrained=True,
-            num_classes=classes,
-            drop_path_rate=args.drop_path,
-            **args.model_args,
-        )
+    options = {"num_classes": classes, "drop_path_rate": args.drop_path}
+    taken = sorted(options.keys() & args.model_args.keys())
+    if taken:
+        raise RunError(f"--model-args {' '.join(taken)}: the data says how many classes, and --drop-path the rate")
+    model = _create(args.model, "--model", pretrained=args.pretrained, **options, **args.model_args)
     if args.init_from is not None:
         load_weights(model, args.init_from, "--init-from", new_head=args.new_head)
     if args.teacher is not None and hasattr(model, "set_distilled_training"):
@@ -276,8 +312,6 @@ def build_model(args: argparse.Namespace, classes: int) -> nn.Module:
 
 def add_cycles(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     """The same object, wrapped where `--cycles` is more than 1."""
-    if args.cycles < 1:
-        raise RunError(f"--cycles {args.cycles}: at least one pass, which is plain training")
     return wrap_multicycle(model, cycles=args.cycles) if args.cycles > 1 else model
 
 
@@ -318,7 +352,34 @@ def build_teacher(args: argparse.Namespace, classes: int, device: torch.device) 
     model = _create(args.teacher, "--teacher", pretrained=hub, num_classes=classes, **args.teacher_args)
     if not hub:
         load_weights(model, args.teacher_from, "--teacher-from")
+    elif model.pretrained_cfg["num_classes"] != classes:
+        raise RunError(
+            f"--teacher {args.teacher}: was trained on {model.pretrained_cfg['num_classes']} classes, and the data has "
+            f"{classes}; give one trained on this data with --teacher-from"
+        )
+    student = timm.models.get_pretrained_cfg(args.model)
+    expected, given = ((tuple(cfg["mean"]), tuple(cfg["std"])) for cfg in (model.pretrained_cfg, student.to_dict()))
+    if expected != given:
+        raise RunError(
+            f"--teacher {args.teacher}: expects images of mean and deviation {expected}, and {args.model} {given}: "
+            "choose a teacher of the same normalisation"
+        )
     return Teacher(model.to(device))
+
+
+def check_forward(model: nn.Module, args: argparse.Namespace, argument: str) -> None:
+    """Errors: RunError where the model does not take images of `--input-size`."""
+    images = torch.zeros(1, 3, args.input_size, args.input_size, device=next(model.parameters()).device)
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(images)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"{argument}: does not take --input-size {args.input_size} ({error}): give the model's own, or make "
+            "the model for this one with img_size=... among its arguments"
+        ) from error
+    model.train(was_training)
 
 
 def build_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:
@@ -361,19 +422,21 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace, global_batch: in
 def build_schedule(
     optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps_per_epoch: int
 ) -> CosineLRScheduler:
-    """Cosine from the scaled rate to 1e-5 after a linear warm-up from 1e-6, a pure function of the step."""
+    """Linear warm-up from 1e-6 to the scaled rate, then cosine to 1e-5 if that is less; of the step alone."""
     return CosineLRScheduler(
         optimizer,
         t_initial=args.epochs * steps_per_epoch,
-        lr_min=1e-5,
+        lr_min=min(1e-5, optimizer.param_groups[0]["lr"]),
         warmup_t=min(args.warmup_epochs, args.epochs) * steps_per_epoch,
         warmup_lr_init=1e-6,
         t_in_epochs=False,
     )
 
 
-def load_weights(model: nn.Module, path: Path, argument: str, *, new_head: bool = False) -> None:
+def load_weights(model: nn.Module, path: Path, argument: str, *, new_head: bool | None = None) -> None:
     """Put a .safetensors file into the model; all of it has to fit, with `new_head` all but the classifier.
+
+    None is for models whose classifier cannot be left out, such as teachers.
 
     Errors: RunError naming the tensors that do not fit.
     """
@@ -389,11 +452,13 @@ def load_weights(model: nn.Module, path: Path, argument: str, *, new_head: bool 
     surplus = sorted(saved.keys() - own.keys())
     shapes = {n: (saved[n].shape, own[n].shape) for n in own.keys() & saved.keys() if saved[n].shape != own[n].shape}
     shapes = {name: pair for name, pair in shapes.items() if name not in head}
-    if shapes.keys() & _classifier_names(model):
-        name = min(shapes.keys() & _classifier_names(model))
+    heads = sorted(n for n in shapes.keys() & _classifier_names(model) if shapes[n][0][0] != shapes[n][1][0])
+    if heads:
+        name = heads[0]
+        way_out = "add --new-head to start with a new classifier, or give" if new_head is not None else "give"
         raise RunError(
             f"{argument} {path}: has {shapes[name][0][0]} classes in {name}, and the data has {shapes[name][1][0]}: "
-            "add --new-head to start with a new classifier, or give the data that it was trained on"
+            f"{way_out} the data that it was trained on"
         )
     if missing or surplus or shapes:
         wrong = [f"{n} is {tuple(a)} and should be {tuple(b)}" for n, (a, b) in sorted(shapes.items())]
@@ -410,10 +475,16 @@ def _classifier_names(model: nn.Module) -> set[str]:
     return {f"{modules[id(head)]}.{name}" for head in heads for name in head.state_dict()}
 
 
-def _create(name: str, argument: str, **options: Any) -> nn.Module:
+def require_model(name: str, argument: str) -> None:
+    """Errors: RunError for a name that timm does not know, with those that are near."""
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
-        raise RunError(f"{argument} {name}: timm has no model of this name; some that are near: {close}")
+        near = get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+        hint = f"; near are {', '.join(near)}" if near else "; timm.list_models() has them all"
+        raise RunError(f"{argument} {name}: timm has no model of this name{hint}")
+
+
+def _create(name: str, argument: str, **options: Any) -> nn.Module:
+    require_model(name, argument)
     try:
         return timm.create_model(name, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as error:

@@ -78,7 +78,8 @@ class Classification:
         )
         device = self.accelerator.device
         loader = load_batches(self.validation, share, self.workers, device)
-        sums = torch.zeros(self.cycles, 4, dtype=torch.float64, device=device)
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        sums = torch.zeros(self.cycles, 4, dtype=dtype, device=device)
         for batch in on_device(loader, device, stay=("index", "skipped")):
             images = self.normalise(batch["image"]).to(memory_format=self.memory_format)
             with self.accelerator.autocast():
@@ -95,7 +96,7 @@ def _sums(logits: Tensor, labels: Tensor, valid: Tensor) -> Tensor:
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     right = (best == labels[:, None]) & valid[:, None]
     losses = F.cross_entropy(logits, labels.clamp(min=0), reduction="none") * valid
-    return torch.stack([valid.sum(), right[:, 0].sum(), right.any(dim=1).sum(), losses.double().sum()])
+    return torch.stack([valid.sum(), right[:, 0].sum(), right.any(dim=1).sum(), losses.sum()])
 
 
 def _means(sums: list[list[float]]) -> dict[str, float]:

@@ -34,6 +34,8 @@ from cyclekd.integrations.deit.recipe import (
     build_optimizer,
     build_schedule,
     build_teacher,
+    check_forward,
+    check_ranges,
     lr_warning,
 )
 from cyclekd.integrations.deit.streams import StreamedImages
@@ -44,6 +46,7 @@ from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, write_text_atomically
 from cyclekd.integrations.runs.loading import Batch, load_batches, load_stream
+from cyclekd.integrations.runs.processes import main_process_first
 from cyclekd.integrations.runs.sampling import TrainingBatches
 from cyclekd.integrations.runs.start import open_run, report
 from cyclekd.integrations.runs.training import Order, Outcome, Training
@@ -63,12 +66,15 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
         help="a folder with class folders, parquet files or webdataset shards in train and val, one saved by datasets, "
         "or a name on the hub such as imagenet-1k (default: the handwritten digits inside scikit-learn, with a model, "
         "epochs and rates to fit: "
-        + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in FIRST_LOOK.items() if value)
+        + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in FIRST_LOOK.items())
         + ")",
     )
-    data.add_argument("--train-split", default="train", metavar="NAME", help="(default: train)")
+    data.add_argument("--train-split", default="train", metavar="NAME", help="images to learn from (default: train)")
     data.add_argument(
-        "--validation-split", default="validation", metavar="NAME", help="(default: validation, else val or test)"
+        "--validation-split",
+        default="validation",
+        metavar="NAME",
+        help="images to evaluate on after each epoch (default: validation, else val or test)",
     )
     data.add_argument("--image-column", metavar="NAME", help="where the data has several, as in detection data")
     data.add_argument("--label-column", metavar="NAME", help="where the data has several, as CIFAR-100 on the hub")
@@ -108,6 +114,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
 
 def train(accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Set up, train, save; the exit code."""
+    check_ranges(args)
     settings = augment_settings(args)
     data = read_data(accelerator, args)
     training = set_up(accelerator, args, data, settings)
@@ -125,7 +132,7 @@ def train(accelerator: Accelerator, args: argparse.Namespace) -> int:
 
 
 def read_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
-    with accelerator.local_main_process_first():  # one process fills the cache of `datasets`, the others find it
+    def read() -> ImageData:
         return load_data(
             args.data,
             train_split=args.train_split,
@@ -136,6 +143,8 @@ def read_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
             cache_dir=args.cache_dir,
             streaming=args.streaming,
         )
+
+    return main_process_first(accelerator, read)  # for the cache of `datasets`
 
 
 def set_up(accelerator: Accelerator, args: argparse.Namespace, data: ImageData, settings: AugmentSettings) -> Training:
@@ -149,6 +158,9 @@ def set_up(accelerator: Accelerator, args: argparse.Namespace, data: ImageData, 
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     model = add_cycles(build_model(args, classes), args)
     model = model.to(accelerator.device, memory_format=memory_format)
+    check_forward(model, args, f"--model {args.model}")
+    if teacher is not None:
+        check_forward(teacher.model, args, f"--teacher {args.teacher}")
     criterion = build_criterion(model, args)
     average = make_average(model, accelerator, args)
     optimizer = build_optimizer(model, args, order.global_batch)
@@ -172,8 +184,9 @@ def set_up(accelerator: Accelerator, args: argparse.Namespace, data: ImageData, 
     )
     processes = accelerator.num_processes
     saved = {**vars(args), "processes": processes, "global_batch": order.global_batch}
+    saved["precision"] = accelerator.mixed_precision
     if args.streaming:  # the order of streamed images depends on who reads them
-        saved["readers"] = processes * max(workers, 1)
+        saved["readers"] = f"{processes} x {workers}, {args.accumulate} x {args.batch_size} images each"
     return Training(
         accelerator,
         folder=open_run(accelerator, args, name=f"{args.model}-cycles{args.cycles}", settings=saved),
@@ -256,8 +269,11 @@ def introduction(training: Training, data: ImageData, args: argparse.Namespace) 
         f"{args.epochs} epochs of {order.steps_per_epoch:,} steps; global batch {order.global_batch} ({shares})",
         f"run folder: {training.folder.path}",
     ]
-    warning = lr_warning(args, order.global_batch) if args.data is not None else None
-    return "\n".join(lines + ([f"note: {warning}"] if warning else []))
+    if args.data is not None and (warning := lr_warning(args, order.global_batch)):
+        lines.append(f"note: {warning}")
+    if args.streaming and args.repeated_augmentation > 1:
+        lines.append("note: streamed images come once per epoch; --repeated-augmentation is left out")
+    return "\n".join(lines)
 
 
 def write_card(

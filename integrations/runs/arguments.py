@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import filter_trackers
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
 from cyclekd.integrations.runs.checkpoints import save_under_plain_names
@@ -80,7 +80,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def rhythm_of(args: argparse.Namespace) -> Rhythm:
     """Errors: RunError for a number that makes no sense."""
-    for name in ("log_every", "evaluate_every", "checkpoint_every", "keep", "minutes"):
+    for name in ("log_every", "evaluate_every", "checkpoint_every", "keep", "minutes", "clip_grad"):
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise RunError(f"--{name.replace('_', '-')} {value}: has to be above 0")
@@ -90,12 +90,14 @@ def rhythm_of(args: argparse.Namespace) -> Rhythm:
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set up for what `accelerate launch` says and these arguments; saves checkpoints under the model's own keys.
 
-    Besides those of `add_run_arguments`, reads `batch_size`, `accumulate` and `clip_grad`.
+    Besides those of `add_run_arguments`, reads `epochs`, `batch_size`, `accumulate` and `clip_grad`.
     Errors: RunError for a tracker that is not installed or a number that makes no sense.
     """
-    for name in ("batch_size", "accumulate"):
+    for name in ("batch_size", "accumulate", "epochs"):
         if getattr(args, name) < 1:
             raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be at least 1")
+    if args.seed < 0:
+        raise RunError(f"--seed {args.seed}: has to be at least 0")
     if args.workers is not None and args.workers < 0:
         raise RunError(f"--workers {args.workers}: 0 reads in the training process itself, below that is nothing")
     accelerator = Accelerator(
@@ -106,6 +108,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         project_dir=".",  # trackers ask for one now; `start.open_run` sets the run's folder
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise RunError("--mixed-precision fp16: needs a GPU; bf16 and no work on the CPU too")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # it cannot read the batch off our loaders, and clips by itself, by 1.0 unless told otherwise
         config = {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_clipping": args.clip_grad or 0.0}
@@ -130,10 +134,9 @@ def _mixed_precision(args: argparse.Namespace) -> str | None:
 
 
 def _trackers(names: list[str]) -> list[str] | None:
-    try:
-        found = filter_trackers(names, logging_dir=".") if names else []
-    except ValueError as error:
-        raise RunError(f"--report-to {' '.join(names)}: {error}") from error
-    if len(found) < len(names):
-        raise RunError(f"--report-to {' '.join(names)}: only {found or 'none'} can be used; install the others")
+    if not set(names) <= LOGGER_TYPE_TO_CLASS.keys():
+        raise RunError(f"--report-to {' '.join(names)}: Accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+    missing = set(names) - {str(tracker) for tracker in get_available_trackers()}
+    if missing:
+        raise RunError(f"--report-to {' '.join(names)}: {', '.join(sorted(missing))} is not installed")
     return names or None

@@ -11,18 +11,21 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cyclekd.integrations.runs.errors import RunError
 
 COMPLETE, PARTIAL = "step-", ".partial-"
+UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, EOFError, UnpicklingError, SafetensorError)
 
 
 class Checkpoints:
@@ -62,11 +65,12 @@ class Checkpoints:
                 if averaged is not None:
                     save_file(_contiguous(averaged.state_dict()), partial / "averaged.safetensors")
                 (partial / "progress.json").write_text(json.dumps({"step": step, **progress}), encoding="utf-8")
+        with _all_or_none(accelerator, partial, f"the checkpoint of step {step}", self.latest()):
+            if accelerator.is_main_process:
+                _flush_to_disk(partial)
+                partial.rename(complete)
+                _sync(self.folder)
         if accelerator.is_main_process:
-            _flush_to_disk(partial)
-            if complete.exists():  # the same step again, after a resume from an earlier checkpoint
-                _remove(complete)
-            partial.rename(complete)
             for old in self.complete()[: -self.keep]:
                 _remove(old)
         accelerator.wait_for_everyone()
@@ -74,13 +78,17 @@ class Checkpoints:
 
     def load(self, accelerator: Accelerator, path: Path, averaged: nn.Module | None = None) -> dict[str, Any]:
         """Put the state of a checkpoint into what was prepared; the progress that was saved with it."""
-        progress = read_progress(path)
         try:
+            progress = read_progress(path)
             accelerator.load_state(str(path))
             if averaged is not None:
                 averaged.load_state_dict(load_file(path / "averaged.safetensors"))
-        except (OSError, RuntimeError, ValueError) as error:
-            raise RunError(f"the checkpoint {path} does not fit this model or cannot be read: {error}") from error
+        except UNREADABLE as error:
+            others = [each.name for each in self.complete() if each != path]
+            raise RunError(
+                f"the checkpoint {path} does not fit this model or is damaged ({type(error).__name__}: {error}). "
+                + (f"Delete it to go on from {others[-1]}" if others else "There is no earlier one")
+            ) from error
         accelerator.step = 0  # checkpoints lie between optimizer steps: accumulation starts anew
         return progress
 
@@ -144,5 +152,6 @@ def _sync(path: Path) -> None:
 def _remove(checkpoint: Path) -> None:
     """First its name, then its content: what is killed in between leaves no broken checkpoint behind."""
     doomed = checkpoint.with_name(f"{PARTIAL}{checkpoint.name}")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    with suppress(OSError):  # it is in nobody's way, and the next start sweeps it away
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)

@@ -48,7 +48,8 @@ class RunFolder:
             return cls(_make_free_folder(RUNS / name))
         try:
             Path(path).mkdir(parents=True, exist_ok=True)
-            content = sorted(each.name for each in Path(path).iterdir())
+            names = (each.name for each in Path(path).iterdir())
+            content = sorted(name for name in names if not (name.startswith(".") and name.endswith(".tmp")))
         except OSError as error:
             raise RunError(f"--out {path}: cannot make this folder: {error.strerror}. Choose another --out") from error
         if "config.json" in content:

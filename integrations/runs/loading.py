@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,6 +14,16 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from cyclekd.integrations.runs.stopping import leave_signals_to_the_parent
 
 Batch = dict[str, Tensor]
+
+
+def _end_workers() -> None:
+    """Before Python waits for them: they leave signals to their parent, so that an error would never end."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+atexit.register(_end_workers)  # runs before what multiprocessing registered when it was imported above
 
 
 def load_batches(dataset: Dataset[Any], batches: Sampler[Any], workers: int, device: torch.device) -> DataLoader[Any]:

@@ -33,7 +33,7 @@ class TrainingBatches(Sampler[list[Draw]]):
     that an image and its mirror image in the batch, which is whom timm's mixup pairs it with, are the same however
     the global batch is shared out. The last incomplete global batch of an epoch is left out, as in timm. With
     `repeats` r every image stands r times in a row and 1/r of the images make an epoch (repeated augmentation,
-    arXiv:1901.09335), so that copies of an image meet in one global batch.
+    arXiv:1901.09335), so that copies of an image meet in one global batch, but for one at its border.
 
     Errors: RunError for data smaller than one global batch.
     """

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
 
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, broadcast_object_list
+from accelerate.utils import ProjectConfiguration
 
 from cyclekd.integrations.runs.arguments import FREE_ON_RESUME
 from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, settings_that_differ, write_json
-
-T = TypeVar("T")
+from cyclekd.integrations.runs.processes import on_main_process
 
 
 def open_run(
@@ -26,26 +24,12 @@ def open_run(
     Errors: RunError where --out holds something else, and where a resumed run was started with other settings.
     """
     folder = on_main_process(accelerator, lambda: _open_or_create(args, name, settings))
-    if accelerator.is_main_process:
-        write_json(folder.environment, describe_environment(accelerator.device))
+    environment = describe_environment(accelerator.device)
+    on_main_process(accelerator, lambda: write_json(folder.environment, environment))
     if args.report_to:
         accelerator.project_configuration = ProjectConfiguration(str(folder.path), logging_dir=str(folder.path))
         accelerator.init_trackers(folder.path.name, config={k: str(v) for k, v in settings.items()})
     return folder
-
-
-def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """What `function` returns, called by the main process alone; its RunError is raised on all of them."""
-    result: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            result = [function(), None]
-        except RunError as error:
-            result = [None, str(error)]
-    value, problem = broadcast_object_list(result)
-    if problem is not None:
-        raise RunError(problem)
-    return value
 
 
 def report(error: RunError, accelerator: Accelerator | None = None) -> int:

@@ -36,6 +36,8 @@ class Stopping:
 
     def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop; every process has to ask at the same step."""
+        if accelerator.num_processes == 1:
+            return self.asked
         asked = torch.tensor(int(self.asked), device=accelerator.device)
         return bool(accelerator.reduce(asked, "sum"))
 

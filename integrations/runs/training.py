@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -26,6 +27,7 @@ from cyclekd.integrations.runs.curves import draw_curves
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, write_atomically
 from cyclekd.integrations.runs.loading import Batch, on_device
+from cyclekd.integrations.runs.processes import on_main_process, share_buffers
 from cyclekd.integrations.runs.progress import Log, Meter, Progress, describe
 from cyclekd.integrations.runs.seeds import derive_seed, seed_all
 from cyclekd.integrations.runs.stopping import Stopping
@@ -88,7 +90,7 @@ class Outcome:
     best: dict[str, float]
     """Of the evaluation with the highest `best_metric`."""
     seconds: float
-    """Over all calls of this run."""
+    """Over all calls of this run; writing checkpoints is left out."""
 
 
 @dataclass
@@ -125,14 +127,17 @@ class Training:
 
         Errors: RunError where a checkpoint does not fit or cannot be written, and for a loss that is no number.
         """
-        step = self._restore()
-        self.order.start = step
-        stream = on_device(self.load(), self.accelerator.device, ON_THE_HOST)
+        latest = self._latest()
+        step = self.order.start = read_progress(latest)["step"] if latest else 0
+        stream = self._settle(on_device(self.load(), self.accelerator.device, ON_THE_HOST))
+        self._restore(latest)
         main = self.accelerator.is_main_process
         bar = Progress(self.order.steps, step, self.order.steps_per_epoch, enabled=main)
         self._since, self._samples = time.perf_counter(), 0
         stop = False
         with Stopping(self.rhythm.minutes) as stopping:
+            if self._evaluation_is_due(step):  # it was stopped before that
+                self._evaluate_epoch(step, bar)
             while step < self.order.steps and not stop:
                 self.optimizer_step(step, islice(stream, self.order.accumulate))
                 step += 1
@@ -141,12 +146,10 @@ class Training:
                 epoch_ends = step % self.order.steps_per_epoch == 0
                 if records or epoch_ends:
                     self._record(step, bar)
-                if epoch_ends:
-                    self._epoch_end(step, bar)
-                if self.accelerator.num_processes == 1:
-                    stop = stopping.asked
-                elif records:
+                if step < self.order.steps and (records or epoch_ends or self.accelerator.num_processes == 1):
                     stop = stopping.agreed(self.accelerator)
+                if self._evaluation_is_due(step) and not stop:
+                    self._evaluate_epoch(step, bar)
                 if stop or self._checkpoint_is_due(step):
                     self._checkpoint(step)
             bar.close()
@@ -179,16 +182,37 @@ class Training:
         if self.average is not None:
             self.average.update(self.accelerator.unwrap_model(self.model), step=step + 1)
 
-    def _restore(self) -> int:
-        """The step to go on from: that of the latest checkpoint, whose state is loaded, or 0."""
-        latest = self.checkpoints.latest()
-        if self.accelerator.is_main_process:
+    def _latest(self) -> Path | None:
+        """The checkpoint to go on from, as the main process sees it; the log ends there from now on."""
+
+        def prepare() -> Path | None:
             self.checkpoints.sweep()
+            latest = self.checkpoints.latest()
             self.log.truncate(read_progress(latest)["step"] if latest else 0)
-        self.accelerator.wait_for_everyone()
+            return latest
+
+        return on_main_process(self.accelerator, prepare)
+
+    def _settle(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches, after one backward over the first that changes nothing.
+
+        DistributedDataParallel lays its gradients out anew after the first backward it sees, and sums more than two
+        processes in another order from then on. A resumed run must not see that at another step.
+        """
+        if self.accelerator.num_processes == 1 or self.order.start == self.order.steps:
+            return stream
+        first = next(stream)
+        self.model.train()
+        seed_all(self.seed)
+        copy = {name: value.clone() for name, value in first.items()}  # mixup changes images in place
+        self.accelerator.backward(self.task.loss(self.model, copy, self.order.start)["loss"])
+        self.model.zero_grad()
+        return chain([first], stream)
+
+    def _restore(self, latest: Path | None) -> None:
         if latest is None:
             self.schedule.step_update(0)
-            return 0
+            return
         averaged = self.average.module if self.average is not None else None
         saved = self.checkpoints.load(self.accelerator, latest, averaged)
         # the meter is this process' own; with another number of processes the record begun is dropped
@@ -199,7 +223,6 @@ class Training:
         self.skipped, self.seconds = set(saved["skipped"]), saved["seconds"]
         self._told = set(self.skipped)
         self.schedule.step_update(saved["step"])
-        return saved["step"]
 
     def _notice_skipped(self, batch: Batch) -> None:
         if "skipped" in batch:
@@ -208,8 +231,13 @@ class Training:
     def _tell_skipped(self, step: int) -> None:
         """Samples that any process skipped, into the log, each once."""
         self.skipped = set(gather_object(sorted(self.skipped)))
-        for index in sorted(self.skipped - self._told) if self.accelerator.is_main_process else ():
-            self.log.write("skipped", step, index=index, why=self.problem_of(index) if self.problem_of else "")
+        untold = sorted(self.skipped - self._told)
+
+        def write() -> None:
+            for index in untold:
+                self.log.write("skipped", step, index=index, why=self.problem_of(index) if self.problem_of else "")
+
+        on_main_process(self.accelerator, write)
         self._told = set(self.skipped)
 
     def _record(self, step: int, bar: Progress) -> None:
@@ -217,9 +245,9 @@ class Training:
         means = self._means()
         lr, speed = self.optimizer.param_groups[0]["lr"], self._samples_per_second()
         self._refuse_no_number(means, step)
-        if self.accelerator.is_main_process:
-            self.log.write("train", step, **means, lr=lr, samples_per_second=speed)
-            bar.update(step, means, lr, speed)
+        bar.update(step, means, lr, speed)
+        record = {**means, "lr": lr, "samples_per_second": speed}
+        on_main_process(self.accelerator, lambda: self.log.write("train", step, **record))
         self.accelerator.log({f"train/{name}": value for name, value in {**means, "lr": lr}.items()}, step=step)
         self.meter.reset()
 
@@ -238,32 +266,48 @@ class Training:
         return samples / elapsed
 
     def _refuse_no_number(self, means: Mapping[str, float], step: int) -> None:
-        if all(math.isfinite(value) for value in means.values()):
-            return
+        if not all(math.isfinite(value) for value in means.values()):
+            self._refuse(", ".join(f"{name} = {value:.4g}" for name, value in means.items()), step)
+
+    def _refuse_weights_of_no_number(self, step: int) -> None:
+        """A finite loss can have gradients that are not; its weights must not take the place of good ones."""
+        shards = (getattr(weight, "_local_tensor", weight).detach() for weight in self.model.parameters())
+        finite = torch.stack([shard.isfinite().all() for shard in shards]).all()
+        if self.accelerator.reduce((~finite).int(), "sum") > 0:
+            self._refuse("weights that are no numbers", step)
+
+    def _refuse(self, seen: str, step: int) -> None:
         latest = self.checkpoints.latest()
         raise RunError(
-            f"the training diverged: {', '.join(f'{name} = {value:.4g}' for name, value in means.items())} at step "
-            f"{step}. Lower --lr, give --clip-grad, or a smaller --rho; "
+            f"the training diverged: {seen} at step {step}. Lower --lr, give --clip-grad, or a smaller --rho; "
             + (f"{latest} holds the weights from before" if latest else "there is no checkpoint from before")
         )
 
-    def _epoch_end(self, step: int, bar: Progress) -> None:
-        epoch = step // self.order.steps_per_epoch
+    def _evaluation_is_due(self, step: int) -> bool:
+        epoch, rest = divmod(step, self.order.steps_per_epoch)
+        if step == 0 or rest or self.metrics.get("epoch") == epoch:
+            return False
+        return epoch % self.rhythm.evaluate_every == 0 or step == self.order.steps
+
+    def _evaluate_epoch(self, step: int, bar: Progress) -> None:
         self._tell_skipped(step)
-        if epoch % self.rhythm.evaluate_every == 0 or step == self.order.steps:
-            self.metrics = {"epoch": epoch, **self._evaluate()}
-            if self.metrics[self.deciding] > self.best.get(self.deciding, -math.inf):
-                self.best = self.metrics
-                self._save_best()
-        if self.accelerator.is_main_process and self.metrics.get("epoch") == epoch:
+        self.metrics = {"epoch": step // self.order.steps_per_epoch, **self._evaluate()}
+        if self.metrics[self.deciding] > self.best.get(self.deciding, -math.inf):
+            self.best = self.metrics
+            self._save_best()
+
+        def write() -> None:
             self.log.write("evaluation", step, **self.metrics, skipped=len(self.skipped))
             draw_curves(self.folder.curves, self.log.read(), self.folder.path.name)
-            bar.message(describe(self.metrics))
+
+        on_main_process(self.accelerator, write)
+        bar.message(describe(self.metrics))
         self.accelerator.log({f"evaluation/{name}": value for name, value in self.metrics.items()}, step=step)
         self._samples_per_second()  # the time of an evaluation is not that of training steps
 
     def _evaluate(self) -> dict[str, float]:
         """Metrics of the trained weights and, with `_ema` behind their names, of the averaged ones."""
+        self._share_buffers()
         metrics = self.task.evaluate(self.model)
         if self.average is not None:
             metrics |= {f"{name}_ema": value for name, value in self.task.evaluate(self.average.module).items()}
@@ -284,11 +328,18 @@ class Training:
             state = self.accelerator.get_state_dict(self.model)
         return {name: value.detach().cpu().contiguous() for name, value in state.items()}
 
+    def _share_buffers(self) -> None:
+        average = [self.average.module] if self.average is not None else []
+        share_buffers(self.accelerator, self.accelerator.unwrap_model(self.model), *average)
+
     def _save_best(self) -> None:
         weights = self.deployable_weights()
-        if self.accelerator.is_main_process:
+
+        def write() -> None:
             self.folder.best.mkdir(exist_ok=True)
             write_atomically(self.folder.best / "model.safetensors", save(weights))
+
+        on_main_process(self.accelerator, write)
 
     def _checkpoint_is_due(self, step: int) -> bool:
         every = self.rhythm.checkpoint_every or self.order.steps_per_epoch
@@ -296,7 +347,9 @@ class Training:
 
     def _checkpoint(self, step: int) -> None:
         self._refuse_no_number(self._means(), step)
+        self._refuse_weights_of_no_number(step)
         self._tell_skipped(step)
+        self._share_buffers()
         self.seconds += time.perf_counter() - self._since
         progress = {
             "meters": gather_object([self.meter.state()]),
