@@ -40,10 +40,11 @@ def save_plain_model(
         "tag": None,  # timm's own, of weights that these are not
         "license": None,
     }
-    config = {"model_args": args.model_args, "label_names": list(classes), "pretrained_cfg": data}
+    model.pretrained_cfg = {**model.pretrained_cfg, **data}
+    config = {"label_names": list(classes)}
     try:
         with TemporaryDirectory(prefix=".partial-", dir=folder.path) as partial:
-            save_for_hf(model, partial, model_config=config, safe_serialization=True)
+            save_for_hf(model, partial, model_config=config, model_args=args.model_args, safe_serialization=True)
             folder.final.mkdir(exist_ok=True)
             for file in sorted(Path(partial).iterdir()):
                 write_atomically(folder.final / file.name, file.read_bytes())
