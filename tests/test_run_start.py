@@ -180,9 +180,15 @@ def test_a_problem_in_a_worker_is_one_line_too(capsys: pytest.CaptureFixture[str
 
 
 def test_other_processes_do_not_repeat_a_problem(capsys: pytest.CaptureFixture[str]) -> None:
-    other = argparse.Namespace(is_main_process=False)
-    assert report(RunError("no such thing"), other) == 2
+    other = argparse.Namespace(is_main_process=False, process_index=3)
+    assert report(RunError("no such thing", shared=True), other) == 2
     assert not capsys.readouterr().err
+
+
+def test_a_problem_of_one_process_is_said_by_it(capsys: pytest.CaptureFixture[str]) -> None:
+    other = argparse.Namespace(is_main_process=False, process_index=3)
+    assert report(RunError("no such thing"), other) == 2
+    assert capsys.readouterr().err == "error: process 3: no such thing\n"
 
 
 # -- arguments -----------------------------------------------------------------------------------------------

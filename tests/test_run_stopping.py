@@ -34,16 +34,15 @@ def before() -> Iterator[None]:
 
 
 class Processes:
-    """An accelerator that adds the other processes' value."""
+    """An accelerator whose other process was given this signal, or none (0)."""
 
     device, num_processes = torch.device("cpu"), 2
 
     def __init__(self, others: int) -> None:
         self.others = others
 
-    def reduce(self, value: Tensor, how: str) -> Tensor:
-        assert how == "sum"
-        return value + self.others
+    def gather(self, value: Tensor) -> Tensor:
+        return torch.cat([value, torch.tensor([[self.others, int(self.others > 0)]])])
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -95,12 +94,13 @@ def test_without_a_limit_time_does_not_end() -> None:
     assert not Stopping(minutes=60).asked
 
 
-@pytest.mark.parametrize(("others", "here", "expected"), [(0, False, False), (1, False, True), (0, True, True)])
+@pytest.mark.parametrize(("others", "here", "expected"), [(0, False, False), (15, False, True), (0, True, True)])
 def test_processes_agree_to_stop_when_any_was_asked(others: int, here: bool, expected: bool) -> None:
     with Stopping() as stopping:
         if here:
             signal.raise_signal(signal.SIGTERM)
         assert stopping.agreed(Processes(others)) is expected
+        assert stopping.exit_code == (143 if expected else 0), "all give the same reason"
 
 
 def test_workers_leave_both_signals_to_the_training() -> None:

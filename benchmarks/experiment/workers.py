@@ -101,7 +101,7 @@ def run_side_by_side(
                     yield job, value
     finally:
         for worker in workers.values():
-            worker.process.terminate()
+            worker.process.kill()  # they leave SIGTERM to us; their checkpoints are whole or not there
         for worker in workers.values():
             worker.process.join()
 

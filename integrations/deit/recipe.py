@@ -267,7 +267,7 @@ def check_ranges(args: argparse.Namespace) -> None:
     """Errors: RunError for a number out of range, and for arguments that say nothing together."""
     for name, (least, most) in RANGES.items():
         value = getattr(args, name)
-        if value is not None and not least <= value <= most:
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
             bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
             raise RunError(f"--{name.replace('_', '-')} {value}: has to be {bounds}")
     if args.new_head and args.init_from is None:
@@ -374,6 +374,8 @@ def check_forward(model: nn.Module, args: argparse.Namespace, argument: str) -> 
     try:
         with torch.no_grad():
             model.eval()(images)
+    except torch.OutOfMemoryError:
+        raise
     except (AssertionError, RuntimeError, ValueError) as error:
         raise RunError(
             f"{argument}: does not take --input-size {args.input_size} ({error}): give the model's own, or make "

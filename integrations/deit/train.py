@@ -290,7 +290,8 @@ def write_card(
         environment=describe_environment(accelerator.device),
         usage=usage_of(args, classes),
         notes=[
-            f"`model/` has the {weights} weights. In use the model makes one pass, whose figures are those of cycle 1.",
+            f"`model/` has the {weights} weights. In use the model makes one pass, whose figures are those of cycle 1"
+            + (", ema." if args.ema else "."),
             f"Validation images: {outcome.metrics['images']}.",
         ],
     )

@@ -40,7 +40,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """`--out`, `--resume`, `--seed`, ... under the heading "the run"."""
     text = (
         "Ctrl-C and SIGTERM end a run with a checkpoint, a second one at once. --resume goes on as if nothing had "
-        "happened: on the same machine bit for bit, with any number of workers."
+        "happened: with the same number of processes, on CPUs, bit for bit, with any number of workers."
     )
     add = parser.add_argument_group("the run", text).add_argument
     add(
@@ -82,7 +82,7 @@ def rhythm_of(args: argparse.Namespace) -> Rhythm:
     """Errors: RunError for a number that makes no sense."""
     for name in ("log_every", "evaluate_every", "checkpoint_every", "keep", "minutes", "clip_grad"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # neither is NaN
             raise RunError(f"--{name.replace('_', '-')} {value}: has to be above 0")
     return Rhythm(args.log_every, args.evaluate_every, args.checkpoint_every, args.keep, args.minutes)
 

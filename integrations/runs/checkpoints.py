@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: written beside, renamed when complete, the last few kept.
 
 One checkpoint is a folder `step-00001234` with Accelerate's state (weights as safetensors, optimizer, gradient scaler),
-the averaged weights if there are any, and `progress.json`. What a killed process left half-written has another name and
-is swept away at the next start.
+the averaged weights if there are any, and `progress.json`; Accelerate adds random states that nothing here needs. What
+a killed process left half-written has another name and is swept away at the next start.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Checkpoints:
 
     def load(self, accelerator: Accelerator, path: Path, averaged: nn.Module | None = None) -> dict[str, Any]:
         """Put the state of a checkpoint into what was prepared; the progress that was saved with it."""
+        progress = read_progress(path)
         try:
-            progress = read_progress(path)
             accelerator.load_state(str(path))
             if averaged is not None:
                 averaged.load_state_dict(load_file(path / "averaged.safetensors"))
@@ -94,8 +94,15 @@ class Checkpoints:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """What was saved beside the weights of a checkpoint: at least its `step`."""
-    return json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    """What was saved beside the weights of a checkpoint: at least its `step`. Errors: RunError where it is damaged."""
+    try:
+        progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        return {**progress, "step": int(progress["step"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"the checkpoint {path} is damaged ({type(error).__name__}: {error}). "
+            "Delete it to go on from an earlier one"
+        ) from error
 
 
 def save_under_plain_names(accelerator: Accelerator) -> None:
@@ -127,7 +134,7 @@ def _all_or_none(accelerator: Accelerator, partial: Path, what: str, latest: Pat
         shutil.rmtree(partial, ignore_errors=True)
     reason = f"{type(error).__name__}: {error}" if error is not None else "another process failed"
     kept = f"{latest} is complete and can be resumed from" if latest else "there is no earlier one"
-    raise RunError(f"{what} could not be written ({reason}); {kept}") from error
+    raise RunError(f"{what} could not be written ({reason}); {kept}", shared=True) from error
 
 
 def _contiguous(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

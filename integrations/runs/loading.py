@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,12 +19,15 @@ Batch = dict[str, Tensor]
 
 def _end_workers() -> None:
     """Before Python waits for them: they leave signals to their parent, so that an error would never end."""
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch reports each as an error of its own
+    for process in workers:
+        process.kill()
+        process.join()
 
 
-atexit.register(_end_workers)  # runs before what multiprocessing registered when it was imported above
+atexit.register(_end_workers)  # runs before multiprocessing's own, which torch has imported by now
 
 
 def load_batches(dataset: Dataset[Any], batches: Sampler[Any], workers: int, device: torch.device) -> DataLoader[Any]:

@@ -7,12 +7,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import nn
 
 from cyclekd.integrations.runs.errors import RunError
 
 T = TypeVar("T")
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
@@ -25,7 +26,7 @@ def on_main_process(accelerator: Accelerator, function: Callable[[], T]) -> T:
         result = list(_attempt(function))
     value, problem = broadcast_object_list(result)
     if problem is not None:
-        raise RunError(problem)
+        raise RunError(problem, shared=True)
     return value
 
 
@@ -43,11 +44,12 @@ def main_process_first(accelerator: Accelerator, function: Callable[[], T]) -> T
 
 
 def share_buffers(accelerator: Accelerator, *modules: nn.Module) -> None:
-    """The main process' running statistics on every process.
+    """The main process' buffers on every process.
 
-    In training each process keeps those of its own batches; what is evaluated and saved has to be one model.
+    In training each process keeps running statistics of its own batches; what is evaluated and saved has to be one
+    model. Sharded models are left alone: their shards differ by design.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or accelerator.distributed_type in SHARDED:
         return
     for module in modules:
         for buffer in module.buffers():
@@ -65,4 +67,4 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, str | None]:
 def _raise_first(problem: str | None) -> None:
     problems = [each for each in gather_object([problem]) if each is not None]
     if problems:
-        raise RunError(problems[0])
+        raise RunError(problems[0], shared=True)

@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -59,10 +59,14 @@ class Log:
             raise RunError(f"{self.path}, line {records.index(None) + 1}: is no record: repair or remove that line")
         return records
 
-    def truncate(self, step: int) -> None:
-        """Drop what was recorded after `step`, and a line cut off, so that a resumed run can say it again."""
+    def truncate(self, step: int, again: Collection[str] = ()) -> None:
+        """Drop what was recorded after `step`, and a line cut off, so that a resumed run can say it again.
+
+        Of `step` itself, records whose kind is in `again` are dropped too.
+        """
         if self.path.exists():
-            kept = [record for record in self.read() if record["step"] <= step]
+            records = [record for record in self.read() if record["step"] <= step]
+            kept = [record for record in records if record["step"] < step or record["kind"] not in again]
             write_text_atomically(self.path, "".join(_as_line(record) for record in kept))
 
 

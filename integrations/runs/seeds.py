@@ -2,7 +2,7 @@
 
 A sample's augmentation follows from (run seed, epoch, position in the epoch), a step's dropout from (run seed, step,
 process). The number of workers then changes nothing, and a run that is resumed at step k draws what it would have
-drawn at step k: there is no random state in a checkpoint.
+drawn at step k: no random state has to be saved.
 """
 
 import random

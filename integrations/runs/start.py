@@ -33,10 +33,12 @@ def open_run(
 
 
 def report(error: RunError, accelerator: Accelerator | None = None) -> int:
-    """The message on stderr, once; the exit code 2."""
+    """The message on stderr; the exit code 2. What all processes raise is said by the main one alone."""
+    message = str(error).rsplit("RunError: ", 1)[-1].strip()  # one from a loader's worker carries its traceback
     if accelerator is None or accelerator.is_main_process:
-        message = str(error).rsplit("RunError: ", 1)[-1].strip()  # one from a loader's worker carries its traceback
         print(f"error: {message}", file=sys.stderr, flush=True)
+    elif not getattr(error, "shared", False):
+        print(f"error: process {accelerator.process_index}: {message}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -38,8 +38,10 @@ class Stopping:
         """Whether any process was asked to stop; every process has to ask at the same step."""
         if accelerator.num_processes == 1:
             return self.asked
-        asked = torch.tensor(int(self.asked), device=accelerator.device)
-        return bool(accelerator.reduce(asked, "sum"))
+        here = torch.tensor([[self.signal or 0, int(self.asked)]], device=accelerator.device)
+        number, asked = accelerator.gather(here).amax(0).tolist()
+        self.signal = number or None  # so that all give the same reason and exit code
+        return bool(asked)
 
     @property
     def why(self) -> str:

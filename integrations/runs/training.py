@@ -21,6 +21,7 @@ from safetensors.torch import save
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cyclekd.integrations.runs.checkpoints import Checkpoints, read_progress
 from cyclekd.integrations.runs.curves import draw_curves
@@ -127,8 +128,8 @@ class Training:
 
         Errors: RunError where a checkpoint does not fit or cannot be written, and for a loss that is no number.
         """
-        latest = self._latest()
-        step = self.order.start = read_progress(latest)["step"] if latest else 0
+        latest, step = self._latest()
+        self.order.start = step
         stream = self._settle(on_device(self.load(), self.accelerator.device, ON_THE_HOST))
         self._restore(latest)
         main = self.accelerator.is_main_process
@@ -182,31 +183,39 @@ class Training:
         if self.average is not None:
             self.average.update(self.accelerator.unwrap_model(self.model), step=step + 1)
 
-    def _latest(self) -> Path | None:
-        """The checkpoint to go on from, as the main process sees it; the log ends there from now on."""
+    def _latest(self) -> tuple[Path | None, int]:
+        """The checkpoint to go on from and its step, as the main process sees it; the log ends there from now on."""
 
-        def prepare() -> Path | None:
+        def prepare() -> tuple[Path | None, int]:
             self.checkpoints.sweep()
             latest = self.checkpoints.latest()
-            self.log.truncate(read_progress(latest)["step"] if latest else 0)
-            return latest
+            if latest is None:
+                self.log.truncate(0)
+                return None, 0
+            saved = read_progress(latest)
+            evaluated = saved["metrics"].get("epoch") == saved["step"] // self.order.steps_per_epoch
+            self.log.truncate(saved["step"], again=() if evaluated else ("evaluation",))
+            return latest, saved["step"]
 
         return on_main_process(self.accelerator, prepare)
 
     def _settle(self, stream: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, after one backward over the first that changes nothing.
+        """The same batches, after one backward over the first whose gradients are thrown away.
 
         DistributedDataParallel lays its gradients out anew after the first backward it sees, and sums more than two
         processes in another order from then on. A resumed run must not see that at another step.
         """
-        if self.accelerator.num_processes == 1 or self.order.start == self.order.steps:
+        if not isinstance(self.model, DistributedDataParallel) or self.order.start == self.order.steps:
             return stream
         first = next(stream)
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.model.train()
         seed_all(self.seed)
         copy = {name: value.clone() for name, value in first.items()}  # mixup changes images in place
         self.accelerator.backward(self.task.loss(self.model, copy, self.order.start)["loss"])
         self.model.zero_grad()
+        for buffer, before in buffers:
+            buffer.copy_(before)
         return chain([first], stream)
 
     def _restore(self, latest: Path | None) -> None:
@@ -279,7 +288,7 @@ class Training:
     def _refuse(self, seen: str, step: int) -> None:
         latest = self.checkpoints.latest()
         raise RunError(
-            f"the training diverged: {seen} at step {step}. Lower --lr, give --clip-grad, or a smaller --rho; "
+            f"the training diverged: {seen} at step {step}. Lower the learning rate or clip gradients; "
             + (f"{latest} holds the weights from before" if latest else "there is no checkpoint from before")
         )
 
@@ -290,6 +299,7 @@ class Training:
         return epoch % self.rhythm.evaluate_every == 0 or step == self.order.steps
 
     def _evaluate_epoch(self, step: int, bar: Progress) -> None:
+        self._refuse_weights_of_no_number(step)
         self._tell_skipped(step)
         self.metrics = {"epoch": step // self.order.steps_per_epoch, **self._evaluate()}
         if self.metrics[self.deciding] > self.best.get(self.deciding, -math.inf):
