@@ -119,6 +119,34 @@ def test_a_run_of_four_processes_resumes_bit_for_bit(data: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_an_evaluation_that_a_stop_put_off_is_logged_once(data: Path, tmp_path: Path) -> None:
+    """Stopped at the end of an epoch of 25 steps, resumed, killed before the next checkpoint, resumed again."""
+    more = ["--workers", "0", "--checkpoint-every", "100"]
+    plain, stopped = (arguments(data, tmp_path / name, *more) for name in ("undisturbed", "stopped"))
+    blows = [
+        {"place": "between steps", "step": 24, "signal_number": signal.SIGTERM},
+        {"place": "between steps", "step": 26, "signal_number": signal.SIGKILL},
+        None,
+    ]
+    jobs = [{"arguments": plain}, *({"arguments": [*stopped, "--resume"], "blow": blow} for blow in blows)]
+    codes, printed = run(tmp_path, *jobs)
+    assert codes == [[0], [143], [-9], [0]], printed
+    assert records(tmp_path / "undisturbed") == records(tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_running_statistics_of_two_processes_see_every_batch_once(data: Path, tmp_path: Path) -> None:
+    options = {"data": data, "out": tmp_path / "run", "model": "resnet10t", "input-size": 32, "crop": "pad"}
+    options |= {"cycles": 1, "epochs": 1, "warmup-epochs": 0, "batch-size": 8, "workers": 0}
+    given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    codes, printed = run(tmp_path, {"arguments": given, "processes": 2})
+    assert codes == [[0, 0]], printed
+    weights = load_file(tmp_path / "run/model/model.safetensors")
+    counts = {int(value) for name, value in weights.items() if name.endswith("num_batches_tracked")}
+    assert counts == {TRAIN // 16}
+
+
+@pytest.mark.slow
 def test_an_error_while_workers_read_ends_the_process(tmp_path: Path) -> None:
     """Workers leave SIGTERM to their parent, which Python would then wait for in vain."""
     code = f"""
