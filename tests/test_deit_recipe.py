@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cyclekd import CycleOutput
+from cyclekd.integrations.deit.arguments import FIRST_LOOK, check_ranges
 from cyclekd.integrations.deit.recipe import (
-    FIRST_LOOK,
     RECIPE_BATCH,
     add_cycles,
     augment_settings,
@@ -25,7 +25,6 @@ from cyclekd.integrations.deit.recipe import (
     build_model,
     build_optimizer,
     build_schedule,
-    check_ranges,
     load_weights,
     lr_warning,
     scaled_lr,

@@ -35,7 +35,7 @@ INTEGRATION_LAYERS = [
     {"runs.start"},
     {"deit.__init__", "deit.decoding", "deit.randaugment", "deit.sources", "deit.distillation"},
     {"deit.augment", "deit.columns"},
-    {"deit.data", "deit.deploy", "deit.recipe", "deit.task"},
+    {"deit.arguments", "deit.data", "deit.deploy", "deit.recipe", "deit.task"},
     {"deit.streams"},
     {"deit.train"},
 ]

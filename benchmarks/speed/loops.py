@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from benchmarks.cost import HandWritten
 from benchmarks.speed.feeds import CLASSES
 from cyclekd.integrations.deit import recipe
+from cyclekd.integrations.deit.arguments import add_recipe_arguments
 from cyclekd.integrations.deit.augment import DeviceAugment
 from cyclekd.integrations.deit.task import Classification
 from cyclekd.integrations.runs.folder import RunFolder
@@ -47,7 +48,7 @@ def make_loop(name: str, compiled: bool, args: argparse.Namespace) -> TimmLoop |
 def recipe_settings(args: argparse.Namespace, cycles: int) -> argparse.Namespace:
     """The recipe's defaults for the model that is timed."""
     parser = argparse.ArgumentParser()
-    recipe.add_recipe_arguments(parser)
+    add_recipe_arguments(parser)
     settings = parser.parse_args([])
     settings.model, settings.model_args, settings.cycles = args.model, args.model_args, cycles
     settings.batch_size, settings.input_size = args.batch, args.size

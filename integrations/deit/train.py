@@ -13,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from cyclekd import CycleError
+from cyclekd.integrations.deit.arguments import check_ranges, parse_arguments
 from cyclekd.integrations.deit.augment import (
     AugmentSettings,
     DeviceAugment,
@@ -24,9 +25,7 @@ from cyclekd.integrations.deit.augment import (
 from cyclekd.integrations.deit.data import EvaluationImages, ImageData, ImageTable, TrainingImages, load_data
 from cyclekd.integrations.deit.deploy import save_plain_model, usage_of
 from cyclekd.integrations.deit.recipe import (
-    FIRST_LOOK,
     add_cycles,
-    add_recipe_arguments,
     augment_settings,
     build_criterion,
     build_mixup,
@@ -35,12 +34,11 @@ from cyclekd.integrations.deit.recipe import (
     build_schedule,
     build_teacher,
     check_forward,
-    check_ranges,
     lr_warning,
 )
 from cyclekd.integrations.deit.streams import StreamedImages
 from cyclekd.integrations.deit.task import Classification
-from cyclekd.integrations.runs.arguments import add_run_arguments, make_accelerator, rhythm_of, workers_of
+from cyclekd.integrations.runs.arguments import make_accelerator, rhythm_of, workers_of
 from cyclekd.integrations.runs.card import model_card
 from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError
@@ -50,52 +48,6 @@ from cyclekd.integrations.runs.processes import main_process_first
 from cyclekd.integrations.runs.sampling import TrainingBatches
 from cyclekd.integrations.runs.start import open_run, report
 from cyclekd.integrations.runs.training import Order, Outcome, Training
-
-
-def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
-    """All settings of a run; without `--data` those not given are of the first look, with it of the recipe."""
-    parser = argparse.ArgumentParser(
-        usage="accelerate launch %(prog)s [options]",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    data = parser.add_argument_group("the data")
-    data.add_argument(
-        "--data",
-        metavar="FOLDER|NAME",
-        help="a folder with class folders, parquet files or webdataset shards in train and val, one saved by datasets, "
-        "or a name on the hub such as imagenet-1k (default: the handwritten digits inside scikit-learn, with a model, "
-        "epochs and rates to fit: "
-        + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in FIRST_LOOK.items())
-        + ")",
-    )
-    data.add_argument("--train-split", default="train", metavar="NAME", help="images to learn from (default: train)")
-    data.add_argument(
-        "--validation-split",
-        default="validation",
-        metavar="NAME",
-        help="images to evaluate on after each epoch (default: validation, else val or test)",
-    )
-    data.add_argument("--image-column", metavar="NAME", help="where the data has several, as in detection data")
-    data.add_argument("--label-column", metavar="NAME", help="where the data has several, as CIFAR-100 on the hub")
-    data.add_argument(
-        "--num-classes", type=int, metavar="N", help="where labels are bare numbers, of which the last may not occur"
-    )
-    data.add_argument("--streaming", action="store_true", help="read the training images as they come, store none here")
-    data.add_argument(
-        "--images-per-epoch",
-        type=int,
-        default=1_281_167,
-        metavar="N",
-        help="with --streaming, which cannot count them (default: 1281167, ImageNet's)",
-    )
-    data.add_argument("--cache-dir", metavar="FOLDER", help="for what `datasets` downloads and converts")
-    add_recipe_arguments(parser)
-    add_run_arguments(parser)
-    known, _ = parser.parse_known_args(arguments)
-    if known.data is None:
-        parser.set_defaults(**FIRST_LOOK)
-    return parser.parse_args(arguments)
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
