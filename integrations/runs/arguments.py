@@ -75,7 +75,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["no", "bf16", "fp16"],
         help="default: what accelerate launch says, else bf16 on a GPU that has it, else no",
     )
-    add("--compile", action="store_true", help="torch.compile: the first steps take a minute, all others less")
+    add("--compile", action="store_true", help="torch.compile: slow first steps, faster ones after")
 
 
 def rhythm_of(args: argparse.Namespace) -> Rhythm:
