@@ -3,6 +3,7 @@
     python benchmarks/cost.py                                       # DeiT-Tiny, 2 cycles, on the CPU: about 6 minutes
     python benchmarks/cost.py --device cuda --batch-size 256 --bf16
     python benchmarks/cost.py --device cuda --batch-size 256 --bf16 --compile
+    python benchmarks/cost.py pose                                  # the pose models instead: pose/costs.py
 
 The ideal is stem + N x stack + N x head with the same loss. Variants take turns within every round, so that a busy
 machine slows all of them alike; a ratio is the median over rounds of paired ratios, with the 95 % bootstrap interval of
@@ -14,13 +15,10 @@ from __future__ import annotations
 import argparse
 import math
 import platform
-import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -30,12 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 if not __package__:  # run as a script: the folder in which `benchmarks` lies is where imports start
     sys.path[0] = str(Path(__file__).parents[1])
 
-from benchmarks.records import RESULTS, free_path, origin, write_rows
+from benchmarks.pose import costs
+from benchmarks.records import RESULTS, free_path, origin, print_rows, write_rows
+from benchmarks.speed.timing import paired_ratio, time_in_turns
 from cyclekd import CycleLoss, CycleOutput, wrap_multicycle
 
 TRAINING = ("plain", "ideal", "wrapped", "plain checkpointed", "wrapped checkpointed")
@@ -43,11 +42,14 @@ EVALUATION = ("plain eval", "plain eval again", "wrapped eval")
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["pose"]:
+        costs.main(sys.argv[2:])
+        return
     args = parse_arguments()
     torch.manual_seed(args.seed)
     steps = {name: make_step(name, args) for name in (*TRAINING, *EVALUATION)}
     flops = {name: count_flops(name, args) for name in (*TRAINING, *EVALUATION)}
-    seconds = time_in_turns(steps, args)
+    seconds = time_in_turns(steps, args.rounds, args.seed)
     memory = {name: peak_memory(name, args) for name in (*TRAINING, *EVALUATION)}
     rows = [as_row(name, seconds, flops, memory) for name in (*TRAINING, *EVALUATION)]
     print_table(rows, args)
@@ -153,29 +155,6 @@ def count_flops(name: str, args: argparse.Namespace) -> int:
     return counter.get_total_flops()
 
 
-def time_in_turns(steps: dict[str, Callable[[], None]], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per round of every variant, in an order drawn anew for each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order, draw = list(steps), random.Random(args.seed)
-    for name in tqdm(order, desc="warm-up"):
-        for _ in range(3):
-            steps[name]()
-    for _ in tqdm(range(args.rounds), desc="rounds"):
-        draw.shuffle(order)
-        for name in order:
-            synchronize(args)
-            start = time.perf_counter()
-            steps[name]()
-            synchronize(args)
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def synchronize(args: argparse.Namespace) -> None:
-    if args.device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def peak_memory(name: str, args: argparse.Namespace) -> float:
     """MiB that two steps add to what model, gradients and inputs hold: allocated on CUDA, resident on the CPU."""
     if args.device.startswith("cuda"):
@@ -210,24 +189,6 @@ def peak_resident() -> float:
 # -- the table ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """A paired median with its 95 % interval."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def paired_ratio(times: list[float], base: list[float]) -> Ratio:
-    ratios, draw = [t / b for t, b in zip(times, base, strict=True)], random.Random(0)
-    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return Ratio(statistics.median(ratios), medians[50], medians[1949])
-
-
 def as_row(
     name: str, seconds: dict[str, list[float]], flops: dict[str, int], memory: dict[str, float]
 ) -> dict[str, object]:
@@ -247,10 +208,8 @@ def as_row(
 
 
 def print_table(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
-    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
     print(f"\n{args.model}, {args.cycles} cycles, batch {args.batch_size}, {mode(args)}, {args.rounds} rounds")
-    for row in [{key: key for key in rows[0]}, *rows]:
-        print("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
+    print_rows(rows)
 
 
 def mode(args: argparse.Namespace) -> str:

@@ -35,11 +35,10 @@ from tqdm import tqdm
 if not __package__:  # run as a script: the folder in which `benchmarks` lies is where imports start
     sys.path[0] = str(Path(__file__).parents[1])
 
-from benchmarks.cost import paired_ratio
-from benchmarks.records import RESULTS, free_path, origin, write_rows
+from benchmarks.records import RESULTS, free_path, origin, print_rows, write_rows
 from benchmarks.speed.feeds import OurLoader, TimmLoader, make_jpegs, resident_batches, resident_pairs
 from benchmarks.speed.loops import LOOPS, OurLoop, TimmLoop, bytes_held, make_loop
-from benchmarks.speed.timing import Peak, shuffled_rounds, timed
+from benchmarks.speed.timing import Peak, paired_ratio, shuffled_rounds, timed
 
 Loops = dict[tuple[str, str], TimmLoop | OurLoop]
 """By name, and eager or compiled."""
@@ -65,7 +64,8 @@ def main() -> None:
             bytes_per_file = statistics.mean(path.stat().st_size for path in paths)
             seconds |= time_with_jpegs(loops, paths, end, args)
     rows = [as_row(name, seconds, peaks, first_steps, args) for name in seconds]
-    print_table(rows, args)
+    print(f"\n{args.model} {args.model_args or ''}, {args.cycles} cycles, batch {args.batch}, {args.workers} workers")
+    print_rows(rows)
     source = provenance(args, bytes_per_file)
     write_rows(args.out, [row | source for row in rows])
     print(f"\nwritten to {args.out}")
@@ -210,13 +210,6 @@ def waiting(name: Name, seconds: dict[Name, list[float]]) -> float:
     if loop != "timm loop":
         computing += statistics.median(seconds[(*AUGMENTATION, "JPEG")])
     return max(0.0, 1 - computing / statistics.median(seconds[name]))
-
-
-def print_table(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
-    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
-    print(f"\n{args.model} {args.model_args or ''}, {args.cycles} cycles, batch {args.batch}, {args.workers} workers")
-    for row in [{key: key for key in rows[0]}, *rows]:
-        print("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
 
 
 def provenance(args: argparse.Namespace, bytes_per_file: float) -> dict[str, str]:

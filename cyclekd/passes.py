@@ -67,6 +67,8 @@ class Visit:
                 "another stack=..."
             )
         self.pending = handed_on if not self.slots else ()
+        if self.pending:
+            self.moved = _moved(self.pending, self.entry, self.last)  # by the first block
         carried = [get(self.last, exit_) for _, exit_ in self.slots]
         if self.look is not None:
             self.look.follow(carried)
@@ -108,10 +110,9 @@ class Visit:
         # Versions cannot be compared in a compiled graph; copies that nothing overwrites cost nothing there.
         self.left, self.versions = (copied(output), []) if self.traced else (self.last, versions(output))
         if self.pending and not self.slots:
-            # A tensor that the block hands through untouched (T5's position bias) is carried, but no token. Blocks that
-            # write in place return their input too; then nothing is left over and all of it is tokens.
-            moved = [(i, o) for i, o in self.pending if _is_moved(get(output, o), get(inputs, i))]
-            self.slots, self.moved = self.pending, tuple(moved) or self.pending
+            self.slots = self.pending
+        if self.slots and self.moved:
+            self.moved = _moved(self.moved, inputs, output)
 
     def slots_seen_by_shape(self) -> tuple[Slot, ...]:
         """By shape alone; not where a single call leaves several inputs that the tokens could belong to."""
@@ -156,5 +157,14 @@ def _no_tokens(visit: Visit) -> str:
     )
 
 
-def _is_moved(left: Any, entered: Any) -> bool:
+def _moved(slots: tuple[Slot, ...], inputs: Any, result: Any) -> tuple[Slot, ...]:
+    """Those of `slots` that can be tokens, as far as one block call tells.
+
+    A tensor that some block hands through untouched (T5's position bias) is carried, but no token. Blocks that write in
+    place return their input too; where nothing would be left over, all of it is tokens.
+    """
+    return tuple(slot for slot in slots if _is_moved(get(inputs, slot[0]), get(result, slot[1]))) or slots
+
+
+def _is_moved(entered: Any, left: Any) -> bool:
     return left is not entered and isinstance(left, Tensor) and left.is_floating_point()

@@ -38,6 +38,13 @@ INTEGRATION_LAYERS = [
     {"deit.arguments", "deit.data", "deit.deploy", "deit.recipe", "deit.task"},
     {"deit.streams"},
     {"deit.train"},
+    {"tokenpose.errors", "tokenpose.skeletons", "tokenpose.transformer", "tokenpose.heads"},
+    {"tokenpose.shapes", "tokenpose.config", "tokenpose.layouts", "tokenpose.backbones"},
+    {"tokenpose.targets", "tokenpose.flow", "tokenpose.decoding", "tokenpose.baselines", "tokenpose.model"},
+    {"tokenpose.flips", "tokenpose.scoring", "tokenpose.losses", "tokenpose.create", "tokenpose.export"},
+    {"tokenpose.distilpose", "tokenpose.reference", "tokenpose.hub"},
+    {"tokenpose.convert"},
+    {"tokenpose.__init__"},
 ]
 """The same for integrations/: whatever a kind of training has for itself comes after what all of them share."""
 

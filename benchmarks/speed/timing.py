@@ -1,16 +1,22 @@
-"""Rounds in which variants take turns, and clocks that start and stop on an idle device."""
+"""Rounds in which variants take turns, clocks that start and stop on an idle device, and ratios with intervals."""
 
 from __future__ import annotations
 
+import math
 import random
+import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 Key = TypeVar("Key", bound=Hashable)
+
+WARM_UP = 3
+"""Untimed steps of each variant before the first round."""
 
 
 def shuffled_rounds(names: list[Key], rounds: int, end: float, seed: int, what: str) -> Iterator[list[Key]]:
@@ -25,6 +31,37 @@ def shuffled_rounds(names: list[Key], rounds: int, end: float, seed: int, what: 
             return
         yield draw.sample(names, len(names))
         longest = max(longest, time.perf_counter() - start)
+
+
+def time_in_turns(steps: dict[str, Callable[[], None]], rounds: int, seed: int) -> dict[str, list[float]]:
+    """Seconds of one step of every variant in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for name in tqdm(steps, desc="warm-up"):
+        for _ in range(WARM_UP):
+            steps[name]()
+    for order in shuffled_rounds(list(steps), rounds, math.inf, seed, "rounds"):
+        for name in order:
+            seconds[name].append(timed(lambda _, step=steps[name]: step(), [None]))
+    return seconds
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A paired median with its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def paired_ratio(times: list[float], base: list[float]) -> Ratio:
+    """The median over rounds of times / base, and the bootstrap interval of that median."""
+    ratios, draw = [t / b for t, b in zip(times, base, strict=True)], random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(2000))
+    return Ratio(statistics.median(ratios), medians[50], medians[1949])
 
 
 def timed(step: Callable[[Any], None], batches: Iterable[Any]) -> float:
