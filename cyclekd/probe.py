@@ -87,7 +87,8 @@ def input_candidates(model: nn.Module) -> Iterator[Arguments]:
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     dtype = parameter.dtype if parameter is not None else torch.float32
-    candidates = _from_config(model) if hasattr(model, "config") else _images(model)
+    of_hugging_face = hasattr(getattr(model, "config", None), "model_type")
+    candidates = _from_config(model) if of_hugging_face else _images(model)
     for args, kwargs in candidates:
         yield tuple(_to(arg, device, dtype) for arg in args), {k: _to(v, device, dtype) for k, v in kwargs.items()}
 

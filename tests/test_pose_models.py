@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.pose.plain import Cycle, PlainPose
-from cyclekd import CycleLoss, run_cycles, unwrap_multicycle
+from cyclekd import CycleLoss, find_stacks, run_cycles, unwrap_multicycle, wrap_multicycle
 from cyclekd.integrations.tokenpose.config import PRESETS, tokens_kept
 from cyclekd.integrations.tokenpose.create import create_model, list_models
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.model import set_keep_rate, token_groups
+from cyclekd.integrations.tokenpose.model import annealed_keep_rate, set_keep_rate, token_groups
 from cyclekd.integrations.tokenpose.transformer import PruningBlock
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -242,6 +242,32 @@ def test_no_gradient_and_no_parameter_belongs_to_the_choice(chosen: list[Tensor]
     assert create_model("ppt_s", **TINY, prune_at=(2,)).state_dict().keys() == (
         create_model("tokenpose_s_v1", **TINY).state_dict().keys()
     )
+
+
+def test_wrapping_by_hand_finds_the_blocks_as_in_any_other_model() -> None:
+    model = create_model("tokenpose_s_v1", **TINY)
+    images = torch.randn(2, 3, *SMALL)
+    assert find_stacks(model)[0].path == "blocks"
+    by_hand = run_cycles(wrap_multicycle(model, 2), images)
+    named = create_model("sdpose_s_v1", **TINY)
+    named.load_state_dict(model.state_dict())
+    for found, expected in zip(by_hand.outputs, run_cycles(named, images).outputs, strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("prune_at", [(0,), (1,), (0, 1), (2,)])
+def test_positions_are_no_tokens_wherever_pruning_begins(prune_at: tuple[int, ...]) -> None:
+    model = create_model("sdpose_s_v1", **{**TINY, "depth": 4}, keep_rate=0.5, prune_at=prune_at)
+    output = run_cycles(model, torch.randn(2, 3, 64, 48))
+    assert all(isinstance(tokens, Tensor) for tokens in output.tokens)
+    loss = CycleLoss.paper(lambda heatmaps, _: heatmaps.square().mean(), groups=token_groups(model))
+    assert loss(output).token_mse.keys() == {"keypoint", "visual"}
+
+
+def test_the_published_schedule_waits_10_epochs_and_falls_for_100() -> None:
+    assert [annealed_keep_rate(epoch) for epoch in (0, 10)] == [1.0, 1.0]
+    assert [annealed_keep_rate(epoch) for epoch in (60, 110, 300)] == pytest.approx([0.85, 0.7, 0.7])
+    assert annealed_keep_rate(35) == pytest.approx(0.7 + 0.3 * (1 + 0.5**0.5) / 2)
 
 
 def test_the_keep_rate_can_be_annealed_between_steps() -> None:

@@ -28,6 +28,15 @@ def test_the_first_snippet_runs(tmp_path, monkeypatch):
     assert torch.equal(stock.eval()(names["images"]), names["logits"])
 
 
+def test_the_pose_snippet_runs():
+    (snippet,) = (snippet for snippet in SNIPPETS if "tokenpose" in snippet)
+    names = {}
+    exec(snippet, names)
+    assert names["coordinates"].shape == (2, 17, 2) and names["scores"].shape == (2, 17)
+    assert names["model"].keypoint_tokens.grad.abs().sum() > 0
+    assert names["small"].eval()(torch.randn(1, 3, 128, 96)).shape == (1, 14, 32, 24)
+
+
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_every_snippet_is_python(snippet):
     ast.parse(snippet)

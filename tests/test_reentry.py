@@ -464,6 +464,30 @@ def test_a_tensor_that_blocks_hand_through_untouched_is_no_token():
     assert isinstance(output.tokens[0], torch.Tensor)
 
 
+@pytest.mark.parametrize("changing", [0, 1, 2])
+def test_a_tensor_that_a_single_block_changes_is_carried_and_no_token(changing):
+    class Positioned(toys.Block):
+        index = 0
+
+        def forward(self, x, table):
+            return super().forward(x + table), 2 * table if self.index == changing else table
+
+    def loop(model, x):
+        table = torch.full_like(x, 0.1)
+        for index, block in enumerate(model.blocks):
+            block.index = index
+            x, table = block(x, table)
+        return x
+
+    model = toys.FunctionToy(Positioned, loop=loop)
+    assert len(model.blocks) == 3
+    first, second = wrap_multicycle(model, 2, stack="blocks")(toys.images()).tokens
+    x, table = first, torch.full_like(first, 0.2)  # as it left the stack
+    for block in model.blocks:
+        x, table = block(x, table)
+    torch.testing.assert_close(second, x)
+
+
 def test_token_count_may_shrink_through_the_stack():
     model = toys.PruningToy()
     output = wrap_multicycle(model, 2, stack="blocks")(toys.images())

@@ -29,6 +29,7 @@ class TokenPose(nn.Module):
     def __init__(self, config: TokenPoseConfig, pretrained_backbone: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.img_size = config.input_size  # where find_stacks, as for timm's models, looks for it
         self.backbone = make_backbone(config.backbone, config.stage1_width, pretrained_backbone)
         patch = config.patch_size[0] * config.patch_size[1] * self.backbone.num_features
         self.patch_embed = nn.Linear(patch, config.dim)
