@@ -78,6 +78,11 @@ def test_a_file_that_does_not_fit_is_one_line_and_exit_code_2(
     [
         (["--model", "tokenpose"], "no pose model is called 'tokenpose'"),
         (["--model", "tokenpose_s_v1", "--set", "width=3"], "tokenpose_s_v1 has no width; what can be set is"),
+        (
+            ["--model", "tokenpose_b", "--set", "pretrained_backbone=True"],
+            "tokenpose_b has no pretrained_backbone; what can be set is",
+        ),
+        (["--model", "tokenpose_s_v1", "--set", "name=mine"], "tokenpose_s_v1 has no name; what can be set is"),
         ([], "is none of the presets: say which model it is"),
     ],
 )

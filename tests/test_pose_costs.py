@@ -91,3 +91,94 @@ def test_times_are_rows_of_their_own(monkeypatch, tmp_path):
         "tokenpose_t_6",
     ]
     assert all(float(row["milliseconds"]) > 0 and "[" in row["speed x base"] for row in rows)
+
+
+def test_differences_are_ours_minus_the_papers_and_of_one_cycle_without_attention():
+    row = costs.size_row("sdpose_t")
+    assert (row["paper params"], row["paper GFLOPs"]) == (4.4, 1.8)
+    assert float(row["difference"]) == pytest.approx(4.399 - 4.4, abs=1e-3)
+    assert float(row["difference "]) == pytest.approx(1.779 - 1.8, abs=1e-3)
+    first_cycle, whole = float(row["conv + linear"]), float(row["all cycles, conv + linear"])
+    assert whole < float(row["all cycles, with attention"])
+    assert whole == pytest.approx(3.029, abs=2e-3) and whole < 3 * first_cycle  # the stem runs once
+
+
+def test_the_papers_figures_are_near_what_is_counted_here():
+    for name, (params, macs) in costs.PAPER.items():
+        with torch.device("meta"):
+            model = create_model(name)
+        ours = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        assert abs(ours - params) < 0.06, name
+        assert 0 < macs < 16
+
+
+@pytest.fixture
+def tiny_models(monkeypatch):
+    """In place of `make`: tiny models by (name, overrides), which count the calls of their first block."""
+    made = []
+
+    def make(name, args, **overrides):
+        model = create_model(name, depth=2, dim=16, heads=2, stage1_width=8, **overrides)
+        model.calls = 0
+
+        def count(block, inputs):
+            model.calls += 1
+            model.autocast = torch.is_autocast_enabled("cpu")
+            model.was_training = model.training
+
+        model.blocks[0].register_forward_pre_hook(count)
+        made.append(model)
+        return model
+
+    monkeypatch.setattr(costs, "make", make)
+    return made
+
+
+def steps_alone(steps, rounds, seed):
+    return {name: [float(i + 1)] * 2 for i, name in enumerate(steps)}
+
+
+def test_each_evaluation_runs_the_model_and_the_cycles_that_its_row_names(tiny_models, monkeypatch):
+    calls = {}
+
+    def run_once(steps, rounds, seed):
+        for name, step in steps.items():
+            before = [model.calls for model in tiny_models]
+            step()
+            calls[name] = [model.calls - old for model, old in zip(tiny_models, before, strict=True)]
+        return steps_alone(steps, rounds, seed)
+
+    monkeypatch.setattr(costs, "TIMED", ("sdpose_t",))
+    monkeypatch.setattr(costs, "time_in_turns", run_once)
+    rows = costs.evaluation_rows(costs.parse_arguments(["--eval-batch-size", "1"]))
+    plain, wrapped = tiny_models
+    assert plain.config.cycles == 1 and not hasattr(plain, "_cyclekd") and wrapped._cyclekd.cycles == 3
+    assert calls == {
+        "sdpose_t, plain model": [1, 0],
+        "sdpose_t, plain model again": [1, 0],
+        "sdpose_t, wrapped": [0, 1],
+        "sdpose_t, all cycles": [0, 3],
+    }
+    assert not plain.was_training and not wrapped.was_training
+    assert str(rows[3]["time x base"]).startswith("4.0") and str(rows[3]["speed x base"]).startswith("0.25")
+    assert rows[3]["images/s"] == "0.2" and rows[3]["milliseconds"] == "4000.00"
+
+
+def test_our_training_steps_have_the_precision_asked_for_and_the_plain_loop_fp32(tiny_models, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(options) or model)
+    seen = {}
+
+    def run_once(steps, rounds, seed):
+        for name, step in steps.items():
+            tiny_models[0].zero_grad()
+            before = tiny_models[0].calls
+            step()
+            seen[name] = (tiny_models[0].calls - before, tiny_models[0].keypoint_tokens.grad is not None)
+        return steps_alone(steps, rounds, seed)
+
+    monkeypatch.setattr(costs, "TRAINED", ("sdpose_t",))
+    monkeypatch.setattr(costs, "time_in_turns", run_once)
+    costs.training_rows(costs.parse_arguments(["--batch-size", "2", "--bf16", "--compile"]))
+    assert seen == {"sdpose_t, plain loop in fp32": (0, False), "sdpose_t": (3, True)}
+    assert tiny_models[0].autocast and tiny_models[0].was_training and compiled == [{"fullgraph": True}]

@@ -274,3 +274,8 @@ def test_onnx_runtime_decodes_any_batch_as_pytorch_does(tmp_path: Path) -> None:
     for inputs in (maps, torch.cat((maps.flip(0), maps))):
         for found, expected in zip(session.run(None, {"maps": inputs.numpy()}), dark(inputs), strict=True):
             torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-4)
+
+
+def test_darks_step_does_not_depend_on_the_size_of_the_values() -> None:
+    maps = a_peak_at_every_pixel()
+    torch.testing.assert_close(dark(1e-5 * maps).coordinates, dark(maps).coordinates, rtol=0, atol=1e-3)

@@ -167,6 +167,24 @@ def test_pairs_that_do_not_fit_are_refused(pairs) -> None:
         exchange_sides(maps(), pairs)
 
 
+@pytest.mark.parametrize("pairs", [[(0,), (1, 2, 3)], [0, 1], [(0.0, 1.0)], [("0", "1")], None, 3])
+def test_what_is_no_list_of_pairs_is_refused(pairs) -> None:
+    with pytest.raises(PoseError, match=r"do not fit 5 key points: .* pass the skeleton's own"):
+        exchange_sides(maps(), pairs)
+
+
+def test_pairs_may_be_a_tensor_or_an_array() -> None:
+    expected = exchange_sides(maps(), PAIRS)
+    for pairs in (torch.tensor(PAIRS), torch.tensor(PAIRS).numpy(), [list(pair) for pair in PAIRS]):
+        assert torch.equal(exchange_sides(maps(), pairs), expected)
+    assert torch.equal(exchange_sides(maps(), torch.zeros(0, 2, dtype=torch.long)), maps())
+
+
+def test_exchanging_sides_compiles_without_graph_breaks() -> None:
+    compiled = torch.compile(lambda output: exchange_sides(output, PAIRS), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(maps()), exchange_sides(maps(), PAIRS))
+
+
 def test_cocos_pairs_are_refused_for_crowdposes_key_points() -> None:
     with pytest.raises(PoseError, match=r"do not fit 14 key points: .* CROWDPOSE.flip_pairs for 14"):
         flip_back(torch.zeros(1, 14, 4, 4), COCO.flip_pairs)

@@ -134,6 +134,19 @@ def test_size_and_names_are_those_of_published_checkpoints():
     assert set(flow.state_dict()) == {f"{name}.{part}" for name in names for part in ("weight", "bias")}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_flow_of_another_precision_computes_in_its_points(dtype):
+    flow = filled_flow(dtype)
+    parameters = {name: value.float() for name, value in flow.state_dict().items()}
+    plain = RealNVP()
+    plain.load_state_dict(parameters)
+    for points in (POINTS, POINTS.bfloat16(), POINTS.half()):
+        torch.testing.assert_close(flow.log_prob(points), plain.log_prob(points), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(flow.decode(points), plain.decode(points), atol=1e-5, rtol=1e-5)
+    assert flow.log_prob(POINTS.double()).dtype == flow.decode(POINTS.double()).dtype == torch.float64
+    assert flow.sample(3).isfinite().all()
+
+
 def test_log_prob_is_in_full_precision_under_autocast():
     flow, points = filled_flow(), POINTS.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -69,8 +69,9 @@ def test_the_sine_table_is_the_reference_bit_for_bit() -> None:
 
 
 def test_the_stem_gives_the_reference_features(sdpose: nn.Module, images: Tensor) -> None:
-    with torch.no_grad():
-        torch.testing.assert_close(sdpose.backbone(images), golden("sdpose_s_v1")["feature"], **HEATMAPS)
+    # with gradients: in the memory format of the reference, and so with its rounding
+    features = sdpose.backbone(images)
+    torch.testing.assert_close(features.detach(), golden("sdpose_s_v1")["feature"], **HEATMAPS)
 
 
 @pytest.mark.parametrize("cycle", [1, 2])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, RepoUrl
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,6 +26,7 @@ from cyclekd.integrations.tokenpose import hub as pose_hub
 from cyclekd.integrations.tokenpose.create import create_model
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.hub import from_pretrained, push_to_hub, save_pretrained
+from cyclekd.integrations.tokenpose.model import set_keep_rate
 
 COMMIT = "0" * 40
 TINY: dict[str, Any] = {"input_size": (64, 48), "depth": 2, "dim": 8, "heads": 2}
@@ -59,7 +61,7 @@ def saved(tmp_path: Path) -> Path:
     [
         ("tokenpose_s_v1", TINY),
         ("sdpose_s_v1", TINY),
-        ("sdpose_s_v1_ppt", {**TINY, "prune_at": (0, 1), "keep_rate": 0.5, "cycles": 3}),
+        ("sdpose_s_v1_ppt", {**TINY, "depth": 3, "prune_at": (0, 1), "keep_rate": 0.5, "cycles": 3}),
         ("sdpose_reg", {**TINY, "num_keypoints": 14}),
         ("tokenreg_s", {**TINY, "attention_scale": "dim"}),
         ("rle_r50", {"input_size": (64, 64), "num_keypoints": 3}),
@@ -96,6 +98,28 @@ def test_the_cycles_of_the_moment_are_saved(tmp_path: Path) -> None:
     assert loaded.config.cycles == 1 and isinstance(loaded.train()(IMAGES.expand(2, -1, -1, -1)), torch.Tensor)
     loaded = from_pretrained(save_pretrained(wrap_multicycle(loaded, cycles=2, stack="blocks"), tmp_path / "two"))
     assert loaded.config.cycles == 2
+
+
+def test_the_keep_rate_of_the_moment_is_saved(tmp_path: Path) -> None:
+    model = tiny("sdpose_s_v1_ppt", prune_at=(0,))
+    set_keep_rate(model, 0.25)
+    loaded = from_pretrained(save_pretrained(model, tmp_path))
+    assert loaded.config.keep_rate == 0.25 and loaded.blocks[0].keep == model.blocks[0].keep == 4
+    assert torch.equal(outputs(loaded), outputs(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "seen"),
+    [
+        ({"stack": "blocks.1:3"}, r"\['blocks.1:3'\] and 1"),
+        ({"stack": "blocks", "inference_cycles": 2}, r"\['blocks'\] and 2"),
+    ],
+)
+def test_a_model_wrapped_in_another_way_is_not_saved(settings: dict[str, Any], seen: str, tmp_path: Path) -> None:
+    model = wrap_multicycle(tiny(depth=3), cycles=2, **settings)
+    with pytest.raises(PoseError, match=rf"this model has {seen}: unwrap_multicycle\(model\) first"):
+        save_pretrained(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_saving_again_replaces_what_was_there(saved: Path) -> None:
@@ -191,6 +215,11 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "no JSON": ("{", "cannot be read as JSON"),
     "a list": ("[1]", '"architecture" has to be one of TokenPose, ConvPose, and is [1]'),
     "no architecture": ({"architecture": None}, '"architecture" has to be one of TokenPose, ConvPose, and is None'),
+    "a list for one": ({"architecture": ["TokenPose"]}, "ConvPose, and is ['TokenPose']"),
+    "a name of null": ({"name": None}, "has no name, such as tokenpose_s_v1"),
+    "a number for a name": ({"name": 5}, "has no name, such as tokenpose_s_v1"),
+    "deep JSON": ("[" * 100_000, "cannot be read as JSON"),
+    "infinity": ({"mlp_ratio": float("inf")}, "mlp_ratio=inf has to be a finite number above 0"),
     "another": ({"architecture": "BertModel"}, "ConvPose, and is 'BertModel'"),
     "an unknown field": ({"auto_map": "evil.py", "zoom": 2}, "has auto_map, zoom, which no TokenPoseConfig has"),
     "no name": ({"name": ...}, "has no name, such as tokenpose_s_v1"),
@@ -209,7 +238,7 @@ def test_a_config_that_describes_no_model_is_refused(what: str, saved: Path) -> 
     with pytest.raises(PoseError) as caught:
         from_pretrained(saved)
     assert message in str(caught.value)
-    assert "config.json" in str(caught.value) or what == "a wrong value"  # which names the model
+    assert str(saved / "config.json") in str(caught.value)
 
 
 def test_weights_that_do_not_fit_their_config_are_refused(saved: Path) -> None:
@@ -224,6 +253,18 @@ def test_weights_that_do_not_fit_their_config_are_refused(saved: Path) -> None:
         "patch_embed.bias; surplus 1: extra; of another shape 1: "
         "keypoint_tokens is (1, 14, 8) there and (1, 17, 8) here"
     )
+
+
+def test_weights_of_8_bits_load_as_their_rounded_values_and_whole_numbers_do_not(saved: Path) -> None:
+    weights, counts = load_file(saved / "model.safetensors"), "num_batches_tracked"
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        cast = {name: value if name.endswith(counts) else value.to(dtype) for name, value in weights.items()}
+        save_file(cast, saved / "model.safetensors")
+        if dtype == torch.int8:
+            with pytest.raises(PoseError, match=r"has no floating-point numbers in \d+: "):
+                from_pretrained(saved)
+        else:
+            assert torch.equal(from_pretrained(saved).head.mlp[1].weight, cast["head.mlp.1.weight"].float())
 
 
 def test_weights_that_the_config_has_no_place_for_are_refused(saved: Path) -> None:
@@ -303,6 +344,12 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(
         from_pretrained(source)
 
 
+@pytest.mark.parametrize("source", [None, 5, ["me/pose"]])
+def test_what_can_be_no_source_is_said(source: Any) -> None:
+    with pytest.raises(PoseError, match=r"from_pretrained\(.*\) takes a folder, or the name of a repository"):
+        from_pretrained(source)
+
+
 def test_an_upload_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*arguments: Any, **options: Any) -> None:
         raise ConnectionError("no route to host")
@@ -311,3 +358,40 @@ def test_an_upload_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PoseError, match="push_to_hub: cannot upload to me/pose: no route to host"):
         push_to_hub(tiny(), "me/pose")
     assert issubclass(PoseError, RunError)  # which the example scripts show without a traceback
+
+
+def test_weights_say_that_they_are_pytorchs(saved: Path) -> None:
+    with safe_open(saved / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}  # without which transformers and others refuse a file
+
+
+def test_a_model_laid_out_channels_last_is_saved_too(tmp_path: Path) -> None:
+    model = tiny().to(memory_format=torch.channels_last)
+    assert not model.backbone.layer1[0].conv2.weight.is_contiguous()
+    torch.testing.assert_close(outputs(from_pretrained(save_pretrained(model, tmp_path))), outputs(tiny()))
+
+
+def test_an_upload_goes_where_and_as_it_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def create_repo(api: HfApi, repo_id: str, **options: Any) -> RepoUrl:
+        seen.update(repo_id=repo_id, token=api.token, private=options.get("private"))
+        return RepoUrl(repo_id)
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda api, **options: seen.update(options))
+    push_to_hub(tiny(), "me/pose", private=True, token="hf_of_me", commit_message="Train longer")
+    assert (seen["repo_id"], seen["private"], seen["token"]) == ("me/pose", True, "hf_of_me")
+    assert seen["commit_message"] == "Train longer"
+
+
+def test_both_files_come_from_the_revision_that_was_asked_for(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, str]] = []
+
+    def download(repo_id: str, name: str, *, revision: str, cache_dir: str) -> str:
+        asked.append((name, revision, cache_dir))
+        return str(saved / name)
+
+    monkeypatch.setattr(pose_hub, "hf_hub_download", download)
+    from_pretrained("me/pose", revision="v2", cache_dir="cache")
+    assert asked == [("config.json", "v2", "cache"), ("model.safetensors", "v2", "cache")]

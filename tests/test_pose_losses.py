@@ -377,6 +377,19 @@ def test_losses_of_half_precision_tensors_are_in_full_precision(loss, prediction
         assert torch.equal(value, expected)
 
 
+@pytest.mark.parametrize("module", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("prediction", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("values", [torch.float16, torch.float64])
+def test_rle_loss_of_any_precisions_is_that_of_its_rounded_numbers(module, prediction, values):
+    loss, output, target = filled_rle(), wave(2, 3, 4).to(prediction).requires_grad_(), coordinate_target()
+    target = Target(target.values.to(values), target.weights)
+    value = loss.to(module)(output, target)
+    value.backward()
+    wide = Target(target.values.double(), target.weights.double())
+    torch.testing.assert_close(value.double(), loss.double()(output.double(), wide), rtol=1e-5, atol=0)
+    assert value.dtype in (torch.float32, torch.float64) and output.grad.abs().sum() > 0
+
+
 def maps(*shape: int) -> Tensor:
     return torch.zeros(2, *shape)
 
@@ -427,6 +440,32 @@ def test_heatmap_loss_says_what_does_not_fit(prediction, target, message):
 def test_regression_losses_say_what_does_not_fit(loss, prediction, target, message):
     with pytest.raises(PoseError, match=message):
         loss(prediction, target)
+
+
+@pytest.mark.parametrize(
+    ("loss", "prediction"),
+    [
+        (HeatmapLoss(), maps(17, 64, 48)),
+        (RLELoss(), maps(17, 4)),
+        (CoordinateLoss(), maps(17, 5)),
+        (ScoreLoss(), maps(17, 5)),
+        (SimulatedHeatmapLoss(), maps(17, 5)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_losses_say_that_they_take_one_prediction_and_a_target(loss, prediction):
+    name, weights = type(loss).__name__, maps(17, 1)
+    for target, seen in (
+        (maps(17, 64, 48), r"\[2, 17, 64, 48\]"),
+        ((maps(17, 64, 48), weights), "tuple"),
+        (Target(None, weights), r"NoneType, \[2, 17, 1\]"),
+        (None, "NoneType"),
+    ):
+        message = rf"{name} takes a Target\(values, weights\), .* heatmap_target or coordinate_target, and got {seen}$"
+        with pytest.raises(PoseError, match=message):
+            loss(prediction, target)
+    with pytest.raises(PoseError, match=rf"{name} .* and got CycleOutput: .*\.outputs\[0\] .* CycleLoss\({name}\(\)\)"):
+        loss(CycleOutput(None, (prediction,), ()), Target(maps(17, 64, 48), weights))
 
 
 def test_distilpose_says_what_is_missing():

@@ -12,17 +12,20 @@ import pickle
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
+import einops
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from benchmarks.pose.plain import Cycle, PlainPose
 from cyclekd import CycleLoss, find_stacks, run_cycles, unwrap_multicycle, wrap_multicycle
+from cyclekd.integrations.tokenpose import model as pose_model
 from cyclekd.integrations.tokenpose.config import PRESETS, tokens_kept
 from cyclekd.integrations.tokenpose.create import create_model, list_models
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.model import annealed_keep_rate, set_keep_rate, token_groups
-from cyclekd.integrations.tokenpose.transformer import PruningBlock
+from cyclekd.integrations.tokenpose.transformer import Block
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 SMALL = (64, 48)  # a grid of 4 x 4 tokens with patches of 4 x 3
@@ -80,13 +83,13 @@ def pictures(model: nn.Module, batch: int = 2) -> Tensor:
 def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """What pruning blocks chose, in the order of the calls."""
     calls: list[Tensor] = []
-    choose = PruningBlock.choose
+    choose = Block.choose
 
-    def recording(self: PruningBlock, q: Tensor, k: Tensor) -> Tensor:
+    def recording(self: Block, q: Tensor, k: Tensor) -> Tensor:
         calls.append(choose(self, q, k))
         return calls[-1]
 
-    monkeypatch.setattr(PruningBlock, "choose", recording)
+    monkeypatch.setattr(Block, "choose", recording)
     yield calls
 
 
@@ -244,12 +247,13 @@ def test_no_gradient_and_no_parameter_belongs_to_the_choice(chosen: list[Tensor]
     )
 
 
-def test_wrapping_by_hand_finds_the_blocks_as_in_any_other_model() -> None:
-    model = create_model("tokenpose_s_v1", **TINY)
+@pytest.mark.parametrize("pruning", [{}, {"keep_rate": 0.7, "prune_at": (1,)}], ids=["plain", "pruning"])
+def test_wrapping_by_hand_finds_the_blocks_as_in_any_other_model(pruning: dict[str, object]) -> None:
+    model = create_model("tokenpose_s_v1", **TINY, **pruning)
     images = torch.randn(2, 3, *SMALL)
     assert find_stacks(model)[0].path == "blocks"
     by_hand = run_cycles(wrap_multicycle(model, 2), images)
-    named = create_model("sdpose_s_v1", **TINY)
+    named = create_model("sdpose_s_v1", **TINY, **pruning)
     named.load_state_dict(model.state_dict())
     for found, expected in zip(by_hand.outputs, run_cycles(named, images).outputs, strict=True):
         assert torch.equal(found, expected)
@@ -268,6 +272,7 @@ def test_the_published_schedule_waits_10_epochs_and_falls_for_100() -> None:
     assert [annealed_keep_rate(epoch) for epoch in (0, 10)] == [1.0, 1.0]
     assert [annealed_keep_rate(epoch) for epoch in (60, 110, 300)] == pytest.approx([0.85, 0.7, 0.7])
     assert annealed_keep_rate(35) == pytest.approx(0.7 + 0.3 * (1 + 0.5**0.5) / 2)
+    assert [annealed_keep_rate(epoch, anneal=0) for epoch in (9, 10)] == pytest.approx([1.0, 0.7])
 
 
 def test_the_keep_rate_can_be_annealed_between_steps() -> None:
@@ -283,6 +288,26 @@ def test_the_keep_rate_can_be_annealed_between_steps() -> None:
 
 
 # -- cycles ------------------------------------------------------------------------------------------------------------
+
+
+def test_patches_are_cut_once_for_all_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[str] = []
+
+    def rearrange(tensor: Tensor, pattern: str, **sizes: int) -> Tensor:
+        cut.append(pattern)
+        return einops.rearrange(tensor, pattern, **sizes)
+
+    monkeypatch.setattr(pose_model, "rearrange", rearrange)
+    model = create_model("sdpose_t", **TINY)
+    assert len(model(pictures(model)).outputs) == 3 and len(cut) == 1
+
+
+@pytest.mark.parametrize("backbone", ["stem", "hrnet_w32"])
+def test_a_backbone_works_channels_last_but_in_training_on_a_cpu(backbone: str) -> None:
+    model = create_model("tokenpose_s_v1", **TINY, backbone=backbone)
+    assert model.backbone(pictures(model)).is_contiguous()
+    with torch.no_grad():
+        assert model.backbone(pictures(model)).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_evaluation_of_a_wrapped_model_is_bit_equal_to_the_plain_pass() -> None:
@@ -315,7 +340,9 @@ def test_a_compiled_model_cycles_and_prunes_alike_without_a_graph_break(backend:
     model = lively("sdpose_s_v1_ppt", **{**TINY, "depth": 3}, prune_at=(2,))
     images = pictures(model)
     expected = model(images)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)(images)
+    compiled_model = torch.compile(model, fullgraph=True, backend=backend)
+    assert token_groups(compiled_model) == token_groups(model)
+    compiled = compiled_model(images)
     for ours, theirs in zip((*compiled.outputs, *compiled.tokens), (*expected.outputs, *expected.tokens), strict=True):
         torch.testing.assert_close(ours, theirs, **CLOSE)
     sum(output.sum() for output in compiled.outputs).backward()
@@ -462,6 +489,8 @@ def test_images_of_another_size_are_refused(name: str, shape: tuple[int, ...]) -
         model(torch.zeros(shape))
     assert f"{name} takes images of ('B', 3, 256, 192), and got {shape}" in str(error.value)
     assert f"create_model({name!r}, input_size=(H, W))" in str(error.value)
+    with pytest.raises(PoseError, match=rf"{name} takes normalised images, and got torch.uint8: divide by 255"):
+        model(torch.zeros(1, 3, 256, 192, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(
@@ -478,6 +507,17 @@ def test_images_of_another_size_are_refused(name: str, shape: tuple[int, ...]) -
         ("sdpose_t", {"input_size": (256,)}, "input_size=(256,) has to be (height, width) in whole numbers"),
         ("tokenpose_s_v2", {"input_size": (256, 100)}, "in multiples of 8 and 8"),
         ("simplebaseline_r50", {"input_size": (250, 192)}, "in multiples of 32 and 32"),
+        ("tokenpose_b", {"input_size": (256, 204)}, "in multiples of 16 and 48"),  # strides of 4, 8 and 16
+        ("sdpose_t", {"cycles": True}, "cycles=True has to be a whole number of at least 1"),
+        ("sdpose_t", {"depth": 1}, "cycles=3 need at least 2 blocks, and depth=1"),
+        ("sdpose_t", {"mlp_ratio": math.inf}, "mlp_ratio=inf has to be a finite number above 0"),
+        ("sdpose_t", {"mlp_ratio": 0.001}, "mlp_ratio=0.001 leaves no unit in an MLP"),
+        ("ppt_s", {"prune_at": (3, 3)}, "prune_at=(3, 3) names blocks of 0 to 11, each once"),
+        (
+            "sdpose_s_v1_ppt",
+            {"depth": 2, "prune_at": (0, 1)},
+            "is every block, and cycles=2 need one that does not prune",
+        ),
         ("sdpose_t", {"num_keypoints": 0}, "num_keypoints=0 has to be a whole number of at least 1"),
         ("sdpose_t", {"depth": 2.5}, "depth=2.5 has to be a whole number of at least 1"),
         ("sdpose_t", {"cycles": 0}, "cycles=0 has to be a whole number of at least 1"),
@@ -485,10 +525,10 @@ def test_images_of_another_size_are_refused(name: str, shape: tuple[int, ...]) -
         ("sdpose_t", {"dim": 6, "heads": 3}, "dim=6 has to be a multiple of heads=3, and of 4"),
         ("sdpose_t", {"groups": 4}, "depth=6 does not divide into groups=4"),
         ("sdpose_t", {"patch_size": (0, 3)}, "patch_size=(0, 3) has to be at least 1 each way"),
-        ("sdpose_t", {"mlp_ratio": 0}, "mlp_ratio=0 has to be a number above 0"),
+        ("sdpose_t", {"mlp_ratio": 0}, "mlp_ratio=0 has to be a finite number above 0"),
         ("ppt_s", {"prune_at": 3}, "prune_at=3 has to be indices such as (3, 6, 9) in whole numbers"),
         ("sdpose_t", {"keep_rate": 0.7}, "keep_rate=0.7 needs blocks that prune, as in prune_at=(3, 6, 9)"),
-        ("ppt_s", {"keep_rate": 0.0}, "keep_rate=0.0 has to be a number above 0"),
+        ("ppt_s", {"keep_rate": 0.0}, "keep_rate=0.0 has to be a finite number above 0"),
         ("ppt_s", {"keep_rate": 1.1}, "keep_rate=1.1 is a share of the tokens, above 0 and at most 1"),
         ("ppt_s", {"depth": 9}, "prune_at=(3, 6, 9) names blocks of 0 to 8"),
         ("tokenpose_s_v1", {"pretrained_backbone": True}, "leave it out, or take tokenpose_b"),
@@ -499,6 +539,26 @@ def test_what_does_not_fit_is_refused_in_words(name: str, overrides: dict[str, o
     with pytest.raises(PoseError) as error:
         create_model(name, **overrides)
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenpose_b", "rle_r50"])
+def test_imagenet_weights_that_cannot_be_had_are_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*arguments: object, **settings: object) -> None:
+        raise LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(PoseError, match=r"the ImageNet weights of \w+ cannot be had \(LocalEntryNotFoundError\)"):
+        create_model(name, pretrained_backbone=True)
+
+
+def test_models_without_keypoint_tokens_are_refused_by_what_needs_them() -> None:
+    token_pose = create_model("ppt_s", **TINY, prune_at=(2,))
+    for model in (nn.DataParallel(token_pose), create_model("rle_r50", input_size=(64, 64)), nn.Linear(1, 1)):
+        seen = rf"takes a model with keypoint tokens, .* and got a {type(model).__name__}: pass model.module where"
+        with pytest.raises(PoseError, match=f"token_groups {seen}"):
+            token_groups(model)
+        with pytest.raises(PoseError, match=f"set_keep_rate {seen}"):
+            set_keep_rate(model, 0.7)
 
 
 def test_a_keep_rate_is_refused_where_it_has_no_meaning() -> None:

@@ -276,13 +276,14 @@ def test_weights_are_found_in_whatever_they_were_saved_with(wrapping: str, tmp_p
     assert same_weights(model, source)
 
 
-def test_a_safetensors_file_in_half_precision_loads_as_its_rounded_values(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn], ids=str)
+def test_a_safetensors_file_of_fewer_bits_loads_as_its_rounded_values(dtype: torch.dtype, tmp_path: Path) -> None:
     source, weights = published("mmpose-style TokenPose")
-    save_file({key: value.half() if value.is_floating_point() else value for key, value in weights.items()},
-              tmp_path / "half.safetensors")  # fmt: skip
+    save_file({key: value.to(dtype) if value.is_floating_point() else value for key, value in weights.items()},
+              tmp_path / "small.safetensors")  # fmt: skip
     model = new("mmpose-style TokenPose")
-    load_reference_checkpoint(model, tmp_path / "half.safetensors")
-    assert torch.equal(model.patch_embed.weight, source.patch_embed.weight.half().float())
+    load_reference_checkpoint(model, tmp_path / "small.safetensors")
+    assert torch.equal(model.patch_embed.weight, source.patch_embed.weight.to(dtype).float())
     assert model.patch_embed.weight.dtype == torch.float32
 
 
@@ -315,6 +316,14 @@ def test_files_that_are_not_there_or_hold_no_weights_are_named(tmp_path: Path) -
     torch.save([1, 2], tmp_path / "list.pth")
     refused(model, tmp_path / "list.pth", "list.pth holds a list, where a dict of tensors by name was expected")
     refused(model, {"epoch": 3}, "the mapping holds no tensors", "1: epoch")
+    for source in (None, 5, ["best.pth"]):
+        refused(model, source, f"a file or a dict of tensors by name, and not a {type(source).__name__}")
+
+
+def test_a_dict_that_holds_itself_is_not_followed_for_ever() -> None:
+    endless: dict[str, Any] = {"epoch": 3}
+    endless["state_dict"] = endless
+    refused(new("mmpose-style TokenPose"), endless, "the mapping holds no tensors")
 
 
 # -- what does not fit -------------------------------------------------------------------------------------------------
@@ -363,6 +372,14 @@ def test_a_model_of_the_official_scale_refuses_mmpose_weights() -> None:
     _, weights = published(MMPOSE)
     message = refused(new(MMPOSE, attention_scale="dim"), weights, "(dim / heads)^-0.5, and tokenpose_s_v1 by dim^-0.5")
     assert 'create_model("tokenpose_s_v1"' in message and message.count("attention_scale") == 0
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_another_number_of_heads_is_refused(strict: bool) -> None:
+    _, weights = published(MMPOSE, dim=192, heads=8)
+    seen = "has 8 heads wherever it was published, and tokenpose_s_v1 has 12: it would load and predict something else"
+    message = refused(new(MMPOSE, dim=192, heads=12), weights, seen, strict=strict)
+    assert 'Write create_model("tokenpose_s_v1", ' in message and message.count("heads") == 1
 
 
 def without(weights: Weights, *keys: str) -> Weights:
@@ -474,6 +491,19 @@ def test_weights_that_are_not_finite_are_always_refused(value: float, strict: bo
 
 
 @pytest.mark.parametrize("strict", [True, False])
+def test_whole_numbers_are_no_weights(strict: bool) -> None:
+    _, weights = published(MMPOSE)
+    whole = {key: value.long() for key, value in weights.items()}
+    refused(new(MMPOSE), whole, "has no floating-point numbers in 108: backbone.conv1.weight", strict=strict)
+
+
+def test_an_empty_tensor_is_of_another_shape() -> None:
+    _, weights = published(MMPOSE)
+    weights["backbone.layer1.0.conv1.weight"] = torch.zeros(0, 3)
+    refused(new(MMPOSE), weights, "backbone.layer1.0.conv1.weight is (0, 3) in the file")
+
+
+@pytest.mark.parametrize("strict", [True, False])
 def test_other_layouts_are_refused_with_what_was_seen_and_what_can_be_read(strict: bool) -> None:
     source, weights = published(MMPOSE)
     backbone = {key: value for key, value in weights.items() if key.startswith("backbone.")}
@@ -501,9 +531,11 @@ def test_a_file_without_a_backbone_is_taken_for_tokenpose_t() -> None:
 
 def test_other_models_are_refused() -> None:
     _, weights = published(MMPOSE)
-    for model in (nn.Linear(2, 2), create_model("simplebaseline_r50", input_size=(64, 64))):
+    holder = nn.Sequential(new(MMPOSE))
+    holder.config = holder[0].config  # as a compiled model answers for the one inside of it
+    for model in (nn.Linear(2, 2), create_model("simplebaseline_r50", input_size=(64, 64)), holder):
         with pytest.raises(PoseError, match=rf"load_reference_checkpoint\({type(model).__name__}, ...\) takes a model"):
-            load_reference_checkpoint(model, weights)
+            load_reference_checkpoint(model, weights, strict=False)
 
 
 def test_a_partial_load_takes_what_fits_and_reports_the_rest() -> None:

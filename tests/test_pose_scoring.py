@@ -119,6 +119,14 @@ def test_people_without_area_resemble_their_equals_only() -> None:
     assert torch.equal(found, torch.eye(2))
 
 
+def test_areas_of_half_precision_count_in_full() -> None:
+    keypoints, _, areas = people()
+    areas = (areas * 4).half()  # 36,000 to 50,000 each: the sum of two is above float16's 65,504
+    found = oks(keypoints, areas, keypoints, areas, sigmas=SIGMAS)
+    assert torch.equal(found, oks(keypoints, areas.float(), keypoints, areas.float(), sigmas=SIGMAS))
+    assert found.max() <= 1 and found.min() < 0.5
+
+
 # -- suppression ------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +172,26 @@ def test_an_image_without_people_and_one_with_a_single_person(nms) -> None:
     keypoints, scores, areas = people()
     assert nms(keypoints[:0], scores[:0], areas[:0], sigmas=SIGMAS).shape == (0,)
     assert nms(keypoints[:1], scores[:1], areas[:1], sigmas=SIGMAS).tolist() == [0]
+
+
+@NMS
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_a_person_with_a_lost_coordinate_resembles_nobody(nms, place: int) -> None:
+    keypoints, scores, areas = people()
+    others = torch.tensor([i for i in range(8) if i != place])
+    expected = others[nms(keypoints[others], scores[others], areas[others], sigmas=SIGMAS)].tolist()
+    keypoints[place, 5, 0] = float("nan")
+    for score in (1e-3, 2.0):  # the last one taken, the first one taken
+        scores[place] = score
+        kept = nms(keypoints, scores, areas, sigmas=SIGMAS).tolist()
+        assert kept == ([place, *expected] if score == 2 else [*expected, place])
+
+
+@pytest.mark.parametrize("threshold", [1e-3, 0.9])
+def test_soft_suppression_takes_nobody_twice(threshold: float) -> None:
+    keypoints, scores, areas = people()
+    kept = soft_oks_nms(keypoints[[0] * 8], scores, areas[[0] * 8], sigmas=SIGMAS, threshold=threshold)
+    assert sorted(kept.tolist()) == list(range(8))
 
 
 @NMS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from math import exp
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cyclekd.integrations.tokenpose.errors import PoseError
+from cyclekd.integrations.tokenpose.losses import CoordinateLoss, HeatmapLoss, RLELoss
 from cyclekd.integrations.tokenpose.targets import Target, coordinate_target, heatmap_target
 from golden import golden
 
@@ -117,6 +119,45 @@ def test_a_batch_gives_what_single_people_give_and_float64_stays(make) -> None:
     assert {tensor.dtype for tensor in batch} == {torch.float32}
     assert {tensor.dtype for tensor in make(keypoints.double(), visible, **sizes)} == {torch.float64}
     assert {tensor.dtype for tensor in make(keypoints.half(), visible, **sizes)} == {torch.float32}
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_lost_coordinate_leaves_zeros_and_a_finite_loss_of_the_others(lost: float) -> None:
+    keypoints, visible = people()
+    everybody = keypoints.clone()
+    keypoints[0, 4], keypoints[1, 1, 0] = lost, lost  # one unlabelled, one labelled of which only x is lost
+    for unbiased in (True, False):
+        found = heatmap_target(keypoints, visible, **SIZES, unbiased=unbiased)
+        complete = heatmap_target(everybody, visible, **SIZES, unbiased=unbiased)
+        kept = torch.ones(2, 5, 1).index_put((torch.tensor([0, 1]), torch.tensor([4, 1])), torch.tensor(0.0))
+        assert torch.equal(found.weights, complete.weights * kept)
+        assert torch.equal(found.values, complete.values * kept[..., None])
+        assert HeatmapLoss()(torch.zeros(2, 5, 64, 48), found).isfinite()
+    found, complete = (coordinate_target(each, visible, input_size=(256, 192)) for each in (keypoints, everybody))
+    assert torch.equal(found.weights, complete.weights * kept)
+    assert found.values[0, 4].tolist() == [0, 0]
+    assert found.values[1, 1].tolist() == [0, complete.values[1, 1, 1].item()]
+    for loss, numbers in ((CoordinateLoss(), 2), (RLELoss(), 4), (RLELoss(base="gaussian"), 4)):
+        prediction = torch.zeros(2, 5, numbers, requires_grad=True)
+        value = loss(prediction, found)
+        value.backward()
+        assert value.isfinite() and prediction.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("sigma", [0, -2.0, float("nan"), float("inf")])
+def test_a_gaussian_without_width_is_refused(sigma: float) -> None:
+    with pytest.raises(PoseError, match=rf"heatmap_target\(sigma={sigma}\): .* above 0, as in sigma=2.0"):
+        heatmap_target(*people(), **SIZES, sigma=sigma)
+
+
+@pytest.mark.parametrize("size", [256, (256,), (256, 192, 3), None, (0, 192)])
+def test_what_is_no_size_is_refused(size) -> None:
+    with pytest.raises(PoseError, match=rf"input_size={re.escape(str(size))}, .* \(height, width\), as in \(256,"):
+        heatmap_target(*people(), input_size=size, heatmap_size=(64, 48))
+    with pytest.raises(PoseError, match=rf"heatmap_size={re.escape(str(size))}\): .* \(64, 48\)"):
+        heatmap_target(*people(), input_size=(256, 192), heatmap_size=size)
+    with pytest.raises(PoseError, match=rf"coordinate_target\(input_size={re.escape(str(size))}\): .* \(256, 192\)"):
+        coordinate_target(*people(), input_size=size)
 
 
 def test_shapes_and_sizes_that_do_not_fit_are_refused() -> None:

@@ -733,3 +733,77 @@ def stem_runs(model, **kwargs):
         patch.setattr(type(model.stem), "forward", counting)
         model(toys.images(), **kwargs)
     return len(ran)
+
+
+def test_a_tensor_that_only_the_first_block_hands_through_untouched_is_no_token():
+    class Positioned(toys.Block):
+        index = 0
+
+        def forward(self, x, table):
+            return super().forward(x + table), table if self.index == 0 else 2 * table
+
+    def loop(model, x):
+        table = torch.full_like(x, 0.1)
+        for index, block in enumerate(model.blocks):
+            block.index = index
+            x, table = block(x, table)
+        return x
+
+    tokens = wrap_multicycle(toys.FunctionToy(Positioned, loop=loop), 2, stack="blocks")(toys.images()).tokens
+    assert all(isinstance(each, torch.Tensor) for each in tokens)
+
+
+def test_tokens_that_every_block_changes_in_place_are_tokens():
+    class InPlace(toys.Block):
+        def forward(self, x):
+            return x.copy_(super().forward(x.clone()))
+
+    def loop(model, x):
+        for block in model.blocks:
+            x = block(x)
+        return x
+
+    model = toys.FunctionToy(InPlace, loop=loop)
+    with torch.no_grad():
+        first, second = run_cycles(wrap_multicycle(model, 2, stack="blocks"), toys.images()).tokens
+        assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+        x = first.clone()
+        for block in model.blocks:
+            x = block(x)
+    torch.testing.assert_close(second, x)
+
+
+def test_where_one_block_in_place_hands_everything_through_the_others_tell_what_is_a_token():
+    class Positioned(toys.Block):
+        index = 0
+
+        def forward(self, x, table):
+            new = super().forward(x + table)
+            return (x.copy_(new) if self.index == 0 else new), table
+
+    def loop(model, x):
+        x, table = x.clone(), torch.full_like(x, 0.1)
+        for index, block in enumerate(model.blocks):
+            block.index = index
+            x, table = block(x, table)
+        return x
+
+    model = wrap_multicycle(toys.FunctionToy(Positioned, loop=loop), 2, stack="blocks")
+    with torch.no_grad():
+        tokens = run_cycles(model, toys.images()).tokens
+    assert all(isinstance(each, torch.Tensor) for each in tokens)
+
+
+def test_whole_numbers_that_blocks_count_up_are_carried_and_no_tokens():
+    class Counting(toys.Block):
+        def forward(self, x, order):
+            return super().forward(x), order + 1
+
+    def loop(model, x):
+        order = torch.zeros(x.shape[:2], dtype=torch.long)
+        for block in model.blocks:
+            x, order = block(x, order)
+        return x
+
+    tokens = wrap_multicycle(toys.FunctionToy(Counting, loop=loop), 2, stack="blocks")(toys.images()).tokens
+    assert all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in tokens)

@@ -6,12 +6,11 @@ The defaults are those of DeiT (arXiv:2012.12877, table 9, and its released code
 from __future__ import annotations
 
 import argparse
-import ast
 import math
 from pathlib import Path
 from typing import Any
 
-from cyclekd.integrations.runs.arguments import add_run_arguments
+from cyclekd.integrations.runs.arguments import KeyValues, add_run_arguments, require_ranges
 from cyclekd.integrations.runs.errors import RunError
 
 FIRST_LOOK: dict[str, Any] = {
@@ -104,7 +103,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model-args",
         nargs="+",
         default={},
-        action=_KeyValues,
+        action=KeyValues,
         metavar="NAME=VALUE",
         help="more arguments for timm.create_model, such as img_size=32 patch_size=4 depth=4",
     )
@@ -155,9 +154,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("an external teacher", text).add_argument
     add("--teacher", metavar="NAME", help="of timm; DeiT took regnety_160, since convolutional teachers worked better")
     add("--teacher-from", type=Path, metavar="FILE", help="its weights, .safetensors (default: timm's, from the hub)")
-    add(
-        "--teacher-args", nargs="+", default={}, action=_KeyValues, metavar="NAME=VALUE", help="as --model-args, for it"
-    )
+    add("--teacher-args", nargs="+", default={}, action=KeyValues, metavar="NAME=VALUE", help="as --model-args, for it")
     add(
         "--distillation",
         choices=["hard", "soft"],
@@ -281,28 +278,8 @@ RANGES = {
 
 def check_ranges(args: argparse.Namespace) -> None:
     """Errors: RunError for a number out of range, and for arguments that say nothing together."""
-    for name, (least, most) in RANGES.items():
-        value = getattr(args, name)
-        if value is not None and not (least <= value <= most and math.isfinite(value)):
-            bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-            raise RunError(f"--{name.replace('_', '-')} {value}: has to be {bounds}")
+    require_ranges(args, RANGES)
     if args.new_head and args.init_from is None:
         raise RunError("--new-head: goes with --init-from; without it every head is new")
     if args.pretrained and args.init_from is not None:
         raise RunError("--pretrained, --init-from: both name weights to start from; leave one out")
-
-
-class _KeyValues(argparse.Action):
-    """`depth=4 global_pool=avg` as a dict; values are Python literals where they are, else text."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        pairs = {}
-        for each in values:
-            name, found, value = each.partition("=")
-            if not found:
-                parser.error(f"{option_string}: {each!r} is not of the form name=value")
-            try:
-                pairs[name] = ast.literal_eval(value)
-            except (SyntaxError, ValueError):
-                pairs[name] = value
-        setattr(namespace, self.dest, pairs)

@@ -45,6 +45,7 @@ from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, write_text_atomically
 from cyclekd.integrations.runs.loading import Batch, load_batches, load_stream
 from cyclekd.integrations.runs.processes import main_process_first
+from cyclekd.integrations.runs.progress import duration
 from cyclekd.integrations.runs.sampling import TrainingBatches
 from cyclekd.integrations.runs.start import open_run, report
 from cyclekd.integrations.runs.training import Order, Outcome, Training
@@ -277,8 +278,3 @@ def summary(training: Training, outcome: Outcome) -> str:
 
 
 METRICS = ("top1", "top5", "loss")
-
-
-def duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -76,6 +79,31 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: what accelerate launch says, else bf16 on a GPU that has it, else no",
     )
     add("--compile", action="store_true", help="torch.compile: slow first steps, faster ones after")
+
+
+class KeyValues(argparse.Action):
+    """`depth=4 global_pool=avg` as a dict; values are Python literals where they are, else text."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        pairs = {}
+        for each in values:
+            name, found, value = each.partition("=")
+            if not found:
+                parser.error(f"{option_string}: {each!r} is not of the form name=value")
+            try:
+                pairs[name] = ast.literal_eval(value)
+            except (SyntaxError, ValueError):
+                pairs[name] = value
+        setattr(namespace, self.dest, pairs)
+
+
+def require_ranges(args: argparse.Namespace, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Errors: RunError for an argument below the least or above the largest value that `ranges` has for it."""
+    for name, (least, most) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not (least <= value <= most and math.isfinite(value)):
+            bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+            raise RunError(f"--{name.replace('_', '-')} {value}: has to be {bounds}")
 
 
 def rhythm_of(args: argparse.Namespace) -> Rhythm:

@@ -241,3 +241,9 @@ def _stacked(values: Mapping[str, Tensor | float]) -> Tensor:
 
 def _scalar(value: Tensor | float) -> Tensor:
     return value.detach().reshape(()) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def duration(seconds: float) -> str:
+    """As words, such as 3 min 07 s."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60:02} min" if hours else f"{rest // 60} min {rest % 60:02} s"

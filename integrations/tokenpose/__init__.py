@@ -7,19 +7,25 @@
 
 Models by name are in create.py and config.py; what they learn in targets.py, losses.py and distilpose.py; what is made
 of their outputs in decoding.py, flips.py and scoring.py; files in reference.py (published checkpoints), hub.py and
-export.py.
+export.py; people of COCO and CrowdPose and their average precision in people.py and evaluation.py; key points of your
+own images in predict.py.
 """
 
 from cyclekd.integrations.tokenpose.baselines import ConvPose
 from cyclekd.integrations.tokenpose.config import ConvPoseConfig, TokenPoseConfig
 from cyclekd.integrations.tokenpose.create import create_model, list_models
-from cyclekd.integrations.tokenpose.decoding import Keypoints, decode_heatmaps
+from cyclekd.integrations.tokenpose.decoding import Keypoints, decode_heatmaps, to_image, to_image_aligned
 from cyclekd.integrations.tokenpose.distilpose import DistilPoseLoss
+from cyclekd.integrations.tokenpose.drawing import draw_poses
 from cyclekd.integrations.tokenpose.errors import PoseError
+from cyclekd.integrations.tokenpose.evaluation import Predictions, evaluate
 from cyclekd.integrations.tokenpose.export import KeypointModel, decode_output, export_onnx
+from cyclekd.integrations.tokenpose.flips import predict_flipped
 from cyclekd.integrations.tokenpose.hub import from_pretrained, push_to_hub, save_pretrained
 from cyclekd.integrations.tokenpose.losses import HeatmapLoss, RLELoss
 from cyclekd.integrations.tokenpose.model import TokenPose, annealed_keep_rate, set_keep_rate, token_groups
+from cyclekd.integrations.tokenpose.people import People, read_people
+from cyclekd.integrations.tokenpose.predict import HFDetector, PosePredictor
 from cyclekd.integrations.tokenpose.reference import load_reference_checkpoint
 from cyclekd.integrations.tokenpose.skeletons import COCO, CROWDPOSE, Skeleton
 from cyclekd.integrations.tokenpose.targets import Target, coordinate_target, heatmap_target
@@ -30,10 +36,14 @@ __all__ = [
     "ConvPose",
     "ConvPoseConfig",
     "DistilPoseLoss",
+    "HFDetector",
     "HeatmapLoss",
     "KeypointModel",
     "Keypoints",
+    "People",
     "PoseError",
+    "PosePredictor",
+    "Predictions",
     "RLELoss",
     "Skeleton",
     "Target",
@@ -44,13 +54,19 @@ __all__ = [
     "create_model",
     "decode_heatmaps",
     "decode_output",
+    "draw_poses",
+    "evaluate",
     "export_onnx",
     "from_pretrained",
     "heatmap_target",
     "list_models",
     "load_reference_checkpoint",
+    "predict_flipped",
     "push_to_hub",
+    "read_people",
     "save_pretrained",
     "set_keep_rate",
+    "to_image",
+    "to_image_aligned",
     "token_groups",
 ]

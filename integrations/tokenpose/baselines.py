@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import timm
 from einops import rearrange
 from torch import Tensor, nn
 
-from cyclekd.integrations.tokenpose.config import ConvPoseConfig
-from cyclekd.integrations.tokenpose.errors import PoseError
+from cyclekd.integrations.tokenpose.backbones import timm_model
+from cyclekd.integrations.tokenpose.config import ConvPoseConfig, check_images
 
 DECONVOLUTION_WIDTH = 256
 
@@ -16,25 +15,20 @@ class ConvPose(nn.Module):
     """Images [B, 3, H, W] to heat maps [B, K, H/4, W/4], or to [B, K, 4]: x, y and two raw sigmas.
 
     The first is SimpleBaseline (ECCV 2018, arXiv:1804.06208), the second a pooled ResNet with one linear layer, which
-    RLE trains (ICCV 2021, arXiv:2107.11291). Errors: PoseError for images of another size than `config.input_size`.
+    RLE trains (ICCV 2021, arXiv:2107.11291). Errors: PoseError for images of another size than `config.input_size`, or
+    of whole numbers.
     """
 
     def __init__(self, config: ConvPoseConfig, pretrained_backbone: bool = False) -> None:
         super().__init__()
         self.config = config
         pool = "" if config.head == "heatmap" else "avg"
-        self.backbone = timm.create_model(
-            config.backbone, pretrained=pretrained_backbone, num_classes=0, global_pool=pool
-        )
+        self.backbone = timm_model(config.backbone, pretrained=pretrained_backbone, num_classes=0, global_pool=pool)
         make_head = DeconvolutionHead if config.head == "heatmap" else PooledRLEHead
         self.head = make_head(self.backbone.num_features, config.num_keypoints)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.config.input_size):
-            raise PoseError(
-                f"{self.config.name} takes images of {('B', 3, *self.config.input_size)}, and got "
-                f"{tuple(images.shape)}: resize them, or create_model({self.config.name!r}, input_size=(H, W))"
-            )
+        check_images(self.config, images)
         return self.head(self.backbone(images))
 
 

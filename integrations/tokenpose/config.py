@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from cyclekd.integrations.tokenpose.errors import PoseError
 
 STRIDE = 4
@@ -74,27 +76,41 @@ class TokenPoseConfig:
     def _check_numbers(self) -> None:
         if not all(self.patch_size):
             raise PoseError(f"{self.name}: patch_size={self.patch_size} has to be at least 1 each way")
-        _check_input(self.name, self.input_size, (STRIDE * self.patch_size[0], STRIDE * self.patch_size[1]))
+        coarsest = STRIDE if self.backbone == "stem" else 4 * STRIDE  # stride of a branch
+        down, across = (math.lcm(STRIDE * side, coarsest) for side in self.patch_size)
+        _check_input(self.name, self.input_size, (down, across))
         counts = ("num_keypoints", "stage1_width", "dim", "depth", "heads", "groups", "head_hidden", "cycles")
         _check_counts(self.name, **{field: getattr(self, field) for field in counts})
         for field in ("mlp_ratio", "keep_rate"):
             value = getattr(self, field)
-            if not isinstance(value, int | float) or not value > 0:
-                raise PoseError(f"{self.name}: {field}={value!r} has to be a number above 0")
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise PoseError(f"{self.name}: {field}={value!r} has to be a finite number above 0")
+        if self.dim * self.mlp_ratio < 1:
+            raise PoseError(f"{self.name}: mlp_ratio={self.mlp_ratio} leaves no unit in an MLP: 3.0 is usual")
         if self.dim % self.heads or self.dim % 4:
             raise PoseError(
                 f"{self.name}: dim={self.dim} has to be a multiple of heads={self.heads}, and of 4 for the sine table"
             )
+        if self.cycles > 1 and self.depth < 2:
+            raise PoseError(f"{self.name}: cycles={self.cycles} need at least 2 blocks, and depth={self.depth}")
         if self.depth % self.groups:
             raise PoseError(f"{self.name}: depth={self.depth} does not divide into groups={self.groups}")
+        self._check_pruning()
+
+    def _check_pruning(self) -> None:
         if self.keep_rate > 1:
             raise PoseError(f"{self.name}: keep_rate={self.keep_rate} is a share of the tokens, above 0 and at most 1")
         if self.keep_rate < 1 and not self.prune_at:
             raise PoseError(
                 f"{self.name}: keep_rate={self.keep_rate} needs blocks that prune, as in prune_at=(3, 6, 9)"
             )
-        if any(index >= self.depth for index in self.prune_at):
-            raise PoseError(f"{self.name}: prune_at={self.prune_at} names blocks of 0 to {self.depth - 1}")
+        if any(index >= self.depth for index in self.prune_at) or len(set(self.prune_at)) < len(self.prune_at):
+            raise PoseError(f"{self.name}: prune_at={self.prune_at} names blocks of 0 to {self.depth - 1}, each once")
+        if self.cycles > 1 and len(self.prune_at) == self.depth:
+            raise PoseError(
+                f"{self.name}: prune_at={self.prune_at} is every block, and cycles={self.cycles} need one that does "
+                "not prune, which tells tokens from positions: leave one out"
+            )
 
 
 @dataclass(frozen=True)
@@ -138,11 +154,25 @@ def changed(config: PoseConfig, overrides: Mapping[str, Any]) -> PoseConfig:
     return replace(config, **overrides)
 
 
+def check_images(config: PoseConfig, images: Tensor) -> None:
+    """Raises PoseError unless a model of this config can take these images."""
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, *config.input_size):
+        raise PoseError(
+            f"{config.name} takes images of {('B', 3, *config.input_size)}, and got {tuple(images.shape)}: resize "
+            f"them, or create_model({config.name!r}, input_size=(H, W))"
+        )
+    if not images.is_floating_point():
+        raise PoseError(
+            f"{config.name} takes normalised images, and got {images.dtype}: divide by 255 and normalise, as "
+            "warp.normalize does"
+        )
+
+
 def _keep_as_tuples(config: TokenPoseConfig | ConvPoseConfig, **lengths: int | None) -> None:
     """Fields of several whole numbers, which come as lists from JSON."""
     for field, length in lengths.items():
         value = getattr(config, field)
-        whole = isinstance(value, list | tuple) and all(isinstance(each, int) and each >= 0 for each in value)
+        whole = isinstance(value, list | tuple) and all(_is_whole(each) and each >= 0 for each in value)
         if not whole or length not in (None, len(value)):
             wanted = "(height, width)" if length == 2 else "indices such as (3, 6, 9)"
             raise PoseError(f"{config.name}: {field}={value!r} has to be {wanted} in whole numbers")
@@ -165,8 +195,12 @@ def _check_input(name: str, size: tuple[int, int], multiple: tuple[int, int]) ->
 
 def _check_counts(name: str, **counts: int) -> None:
     for field, value in counts.items():
-        if not isinstance(value, int) or value < 1:
+        if not _is_whole(value) or value < 1:
             raise PoseError(f"{name}: {field}={value!r} has to be a whole number of at least 1")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _presets() -> dict[str, PoseConfig]:

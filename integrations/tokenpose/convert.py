@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cyclekd.integrations.tokenpose.create import create_model
+from cyclekd.integrations.tokenpose.config import changed, config_for
+from cyclekd.integrations.tokenpose.create import build
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.hub import save_pretrained
 from cyclekd.integrations.tokenpose.reference import load_reference_checkpoint, reference_model
@@ -38,7 +39,7 @@ def convert(file: Path, folder: Path, name: str | None, overrides: dict[str, Any
     if name is None:
         name, seen = reference_model(file)
         overrides = seen | overrides
-    model = create_model(name, **overrides)
+    model = build(changed(config_for(name), overrides))
     settings = "".join(f", {field}={value!r}" for field, value in overrides.items())
     print(f'model            create_model("{name}"{settings})')
     print(load_reference_checkpoint(model, file, strict=not partial))

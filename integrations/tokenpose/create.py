@@ -19,8 +19,8 @@ def create_model(name: str, *, pretrained_backbone: bool = False, **overrides: A
     `overrides` replace fields of its preset (`config.py`), such as `num_keypoints=14`, `input_size=(128, 96)`,
     `depth=4`, `attention_scale="dim"` or `cycles=1`. With more than one cycle the model comes wrapped by
     `wrap_multicycle`: in training a call returns a `CycleOutput`, in evaluation one pass. `pretrained_backbone` takes
-    ImageNet weights from timm for HRNet and ResNet. Errors: PoseError for an unknown name, an unknown field or sizes
-    that do not fit.
+    ImageNet weights from timm for HRNet and ResNet. Errors: PoseError for an unknown name, an unknown field, sizes that
+    do not fit, or ImageNet weights that cannot be had.
     """
     return build(config_for(name, **overrides), pretrained_backbone)
 

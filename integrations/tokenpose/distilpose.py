@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cyclekd import CycleOutput
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.losses import CoordinateLoss, check_keypoints, shape_of, weighted_mse
+from cyclekd.integrations.tokenpose.losses import CoordinateLoss, check_keypoints, check_target, shape_of, weighted_mse
 from cyclekd.integrations.tokenpose.shapes import full_precision
 from cyclekd.integrations.tokenpose.targets import Target
 
@@ -156,6 +156,7 @@ def _token_distances(student: Any, teacher: Any, keypoints: int) -> tuple[Tensor
 
 
 def _check_student(loss: str, prediction: Tensor, target: Target) -> None:
+    check_target(loss, prediction, target)
     seen = f"{loss} got the prediction {shape_of(prediction)} and the teacher's heat maps {shape_of(target.values)}"
     if prediction.ndim != 3 or prediction.shape[2] != 5 or target.values.ndim != 4:
         raise PoseError(f"{seen}, and needs [B, K, 5], as from tokenreg_s, and [B, K, h, w], as from tokenpose_s_v1")

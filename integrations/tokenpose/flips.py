@@ -8,6 +8,7 @@ models in mmpose's convention need; those trained by TokenPose's own code, with 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -87,12 +88,16 @@ def exchange_sides(output: Tensor, pairs: Pairs) -> Tensor:
 
 def _exchanged(keypoints: int, pairs: Pairs) -> list[int]:
     order = list(range(keypoints))
-    named = [index for pair in pairs for index in pair]
-    if len(named) != 2 * len(pairs) or len(set(named)) < len(named) or not set(named) <= set(order):
+    try:
+        plain = [tuple(index(keypoint) for keypoint in pair) for pair in pairs]  # of a tensor or an array, too
+    except TypeError:  # no pairs, or no whole numbers
+        plain = [()]
+    named = [keypoint for pair in plain for keypoint in pair]
+    if any(len(pair) != 2 for pair in plain) or len(set(named)) < len(named) or not set(named) <= set(order):
         raise PoseError(
-            f"the pairs {list(pairs)} do not fit {keypoints} key points: every index is from 0 to {keypoints - 1} and "
+            f"the pairs {pairs} do not fit {keypoints} key points: every index is from 0 to {keypoints - 1} and "
             "in one pair at most; pass the skeleton's own, COCO.flip_pairs for 17 or CROWDPOSE.flip_pairs for 14"
         )
-    for left, right in pairs:
+    for left, right in plain:
         order[left], order[right] = right, left
     return order

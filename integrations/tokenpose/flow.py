@@ -1,6 +1,7 @@
 """A normalising flow of the plane: the density of regression errors that the RLE loss learns along with the network.
 
-Needed in training only. All of it computes in float32 under autocast, as a log-likelihood in half precision is noise.
+Needed in training only. All of it computes in the points' precision, float32 at least, whatever that of the parameters
+is: a log-likelihood in half precision is noise.
 """
 
 from __future__ import annotations
@@ -8,7 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cyclekd.integrations.tokenpose.shapes import full_precision
 
 
 class RealNVP(nn.Module):
@@ -45,7 +49,8 @@ class RealNVP(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Points [..., 2] to z [..., 2] and log |det dz/dx| [...], through the couplings from last to first."""
         with torch.autocast(x.device.type, enabled=False):
-            z, logdet = x, torch.zeros_like(x[..., 0])
+            z = full_precision(x)
+            logdet = torch.zeros_like(z[..., 0])
             for i in reversed(range(len(self.s))):
                 s, t = self._coupling(i, z)
                 z = (z - t) * torch.exp(-s)
@@ -55,7 +60,7 @@ class RealNVP(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """The points [..., 2] that `encode` maps to z."""
         with torch.autocast(z.device.type, enabled=False):
-            x = z
+            x = full_precision(z)
             for i in range(len(self.s)):
                 s, t = self._coupling(i, x)
                 x = x * torch.exp(s) + t
@@ -68,9 +73,16 @@ class RealNVP(nn.Module):
 
     def _coupling(self, i: int, points: Tensor) -> tuple[Tensor, Tensor]:
         """Log-scale and shift [..., 2] of coupling i; both are 0 at the coordinate that it keeps."""
-        kept = self.kept[i]  # in the parameters' precision, to which it lifts half-precision points
+        kept = self.kept[i].to(points.dtype)
         return self.s[i](points * kept) * (1 - kept), self.t[i](points * kept) * (1 - kept)
 
 
 def _layers(hidden: int) -> list[nn.Module]:
-    return [nn.Linear(2, hidden), nn.LeakyReLU(), nn.Linear(hidden, hidden), nn.LeakyReLU(), nn.Linear(hidden, 2)]
+    return [_Linear(2, hidden), nn.LeakyReLU(), _Linear(hidden, hidden), nn.LeakyReLU(), _Linear(hidden, 2)]
+
+
+class _Linear(nn.Linear):
+    """Computes in the precision of its input, not of its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))

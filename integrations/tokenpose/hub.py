@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -26,7 +25,7 @@ from cyclekd.integrations.tokenpose.baselines import ConvPose
 from cyclekd.integrations.tokenpose.config import ConvPoseConfig, PoseConfig, TokenPoseConfig, changed
 from cyclekd.integrations.tokenpose.create import build
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.layouts import some
+from cyclekd.integrations.tokenpose.layouts import check_numbers, some
 from cyclekd.integrations.tokenpose.model import TokenPose
 
 CONFIG = "config.json"
@@ -38,9 +37,10 @@ _CONFIG_CLASSES: dict[str, type[PoseConfig]] = {"TokenPose": TokenPoseConfig, "C
 def save_pretrained(model: nn.Module, folder: str | Path) -> Path:
     """config.json and model.safetensors of a pose model in `folder`, which is made where there is none; its path.
 
-    The config holds every field and the cycles that a wrapped model has now; `keep_rate` is the one that the model was
-    created with. What was there before stays whole until it is replaced.
-    Errors: PoseError for another kind of model, or where the folder cannot be written.
+    The config holds every field, with the cycles and the `keep_rate` that the model has now. What was there before
+    stays whole until it is replaced.
+    Errors: PoseError for another kind of model, one wrapped in a way that the config cannot say, or where the folder
+    cannot be written.
     """
     config = _current_config(model)
     architecture = next(name for name, cls in _CONFIG_CLASSES.items() if isinstance(config, cls))
@@ -115,11 +115,21 @@ def _current_config(model: nn.Module) -> PoseConfig:
     if isinstance(model.config, ConvPoseConfig):
         return model.config
     wrapped = getattr(model, "_cyclekd", None)  # set by wrap_multicycle
-    return replace(model.config, cycles=1 if wrapped is None else wrapped.cycles)
+    if wrapped is None:
+        return replace(model.config, cycles=1, keep_rate=model.keep_rate)
+    if wrapped.paths != ["blocks"] or wrapped.inference_cycles != 1:
+        raise PoseError(
+            "save_pretrained saves cycles of stack='blocks' with inference_cycles=1, and this model has "
+            f"{wrapped.paths} and {wrapped.inference_cycles}: unwrap_multicycle(model) first, and wrap the loaded one "
+            "alike"
+        )
+    return replace(model.config, cycles=wrapped.cycles, keep_rate=model.keep_rate)
 
 
 def _find(source: str | Path, name: str, revision: str | None, cache_dir: str | Path | None) -> Path:
     """The file of that name in a folder, or downloaded from a repository."""
+    if not isinstance(source, str | Path):
+        raise PoseError(f"from_pretrained({source!r}) takes a folder, or the name of a repository such as me/pose")
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / name).is_file():
@@ -146,10 +156,10 @@ def _find(source: str | Path, name: str, revision: str | None, cache_dir: str | 
 def _read_config(path: Path) -> PoseConfig:
     try:
         description = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PoseError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(description, dict) or description.get("architecture") not in _CONFIG_CLASSES:
-        seen = description.get("architecture") if isinstance(description, dict) else description
+    seen = description.get("architecture") if isinstance(description, dict) else description
+    if not isinstance(seen, str) or seen not in _CONFIG_CLASSES:
         raise PoseError(f'{path}: "architecture" has to be one of {", ".join(_CONFIG_CLASSES)}, and is {seen!r}')
     cls = _CONFIG_CLASSES[description.pop("architecture")]
     names = {each.name for each in fields(cls)}
@@ -157,9 +167,12 @@ def _read_config(path: Path) -> PoseConfig:
         raise PoseError(
             f"{path} has {', '.join(unknown)}, which no {cls.__name__} has: was it saved by a later version?"
         )
-    if "name" not in description:
+    if not isinstance(description.get("name"), str):
         raise PoseError(f"{path} has no name, such as tokenpose_s_v1")
-    return cls(**description)
+    try:
+        return cls(**description)
+    except PoseError as error:
+        raise PoseError(f"{path}: {error}") from error
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -167,9 +180,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise PoseError(f"{path} cannot be read as safetensors: {error}") from error
-    bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise PoseError(f"{path} has NaN or infinity in {some(bad)}: the training that wrote it had diverged")
+    check_numbers(weights, str(path))
     return weights
 
 

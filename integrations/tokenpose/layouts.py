@@ -18,6 +18,9 @@ from torch import Tensor
 
 from cyclekd.integrations.tokenpose.errors import PoseError
 
+MOST_LEVELS = 4
+"""Of state dicts in one another."""
+
 Source = str | Path | Mapping[str, Any]
 """A file (.pth and the like, or .safetensors), or what is in it."""
 
@@ -166,10 +169,13 @@ def _guess_origin(keys: list[str]) -> str:
 
 def read_tensors(source: Source) -> tuple[str, dict[str, Tensor]]:
     """A name for messages, and the tensors of the innermost state dict; what lies beside it is not looked at."""
+    if not isinstance(source, str | Path | Mapping):
+        raise PoseError(f"a checkpoint is a file or a dict of tensors by name, and not a {type(source).__name__}")
     where = "the mapping" if isinstance(source, Mapping) else str(source)
     found = source if isinstance(source, Mapping) else _read_file(Path(source))
-    while inner := [found[n] for n in ("state_dict", "model", "best_state_dict") if isinstance(found.get(n), Mapping)]:
-        found = inner[0]
+    for _ in range(MOST_LEVELS):
+        inner = [found[n] for n in ("state_dict", "model", "best_state_dict") if isinstance(found.get(n), Mapping)]
+        found = inner[0] if inner else found
     tensors = {str(key).removeprefix("module."): value for key, value in found.items() if isinstance(value, Tensor)}
     if not tensors:
         raise PoseError(f"{where} holds no tensors, nor a state_dict or model with tensors, only {some(list(found))}")
@@ -200,6 +206,17 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         f"{path} holds an object of {other[1]} beside tensors, and to load it could run code that came with the file. "
         "Open it with the program that wrote it, if you trust its source, and save its state_dict alone"
     )
+
+
+def check_numbers(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises PoseError for whole numbers where weights belong, for NaN and for infinity."""
+    weights = {name: value for name, value in tensors.items() if not name.endswith("num_batches_tracked")}
+    if whole := [name for name, value in weights.items() if not value.is_floating_point()]:
+        raise PoseError(f"{where} has no floating-point numbers in {some(whole)}: it was quantised, or is damaged")
+    if bad := [name for name, value in weights.items() if not torch.isfinite(value.float()).all()]:  # float: of fp8
+        raise PoseError(
+            f"{where} has NaN or infinity in {some(bad)}: the training that wrote it had diverged, or it is damaged"
+        )
 
 
 def some(names: Iterable[Any], most: int = 4) -> str:

@@ -54,6 +54,10 @@ class RLELoss(nn.Module):
     `prediction` [B, K, 4]: x, y as shares of the image, two raw sigmas; the target holds coordinates and weights, each
     [B, K, 2]. The flow has parameters: the optimizer must get them, and DistributedDataParallel must wrap them, so that
     network and loss belong into one module. Errors: PoseError for an unknown base, or where the shapes do not fit.
+
+    The logarithm of a density crosses zero: once the network is sure, the loss is negative. `CycleLoss` weighs tokens
+    by default with rho |task loss|, which then falls to 0 and rises again: write CycleLoss(RLELoss(), alpha=...), or
+    CycleLoss.paper(RLELoss()).
     """
 
     def __init__(self, residual: bool = True, base: str = "laplace") -> None:
@@ -105,6 +109,7 @@ def weighted_mse(prediction: Tensor, values: Tensor, weights: Tensor) -> Tensor:
 
 
 def check_heatmaps(loss: str, prediction: Tensor, target: Target) -> None:
+    check_target(loss, prediction, target)
     seen = f"{loss} got the prediction {shape_of(prediction)} and target maps {shape_of(target.values)}"
     if prediction.ndim != 4 or target.values.ndim != 4:
         raise PoseError(
@@ -121,6 +126,7 @@ def check_heatmaps(loss: str, prediction: Tensor, target: Target) -> None:
 
 
 def check_coordinates(loss: str, prediction: Tensor, target: Target, *, numbers: tuple[int, ...]) -> None:
+    check_target(loss, prediction, target)
     seen = f"{loss} got the prediction {shape_of(prediction)} and target coordinates {shape_of(target.values)}"
     fits = prediction.ndim == target.values.ndim == 3 and prediction.shape[2] in numbers
     if not fits or target.values.shape[2] != 2:
@@ -129,6 +135,20 @@ def check_coordinates(loss: str, prediction: Tensor, target: Target, *, numbers:
             "HeatmapLoss(), for RLE's head (sdpose_reg) RLELoss(), for DistilPose's (tokenreg_s) CoordinateLoss()"
         )
     check_keypoints(seen, loss, prediction, target)
+
+
+def check_target(loss: str, prediction: Any, target: Any) -> None:
+    if not isinstance(prediction, Tensor):
+        raise PoseError(
+            f"{loss} takes one prediction, a tensor, and got {shape_of(prediction)}: pass output.outputs[0] of a model "
+            f"in cycles, or write CycleLoss({loss}())(output, target) for all of them"
+        )
+    parts = target if isinstance(target, Target) else (target,)
+    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+        raise PoseError(
+            f"{loss} takes a Target(values, weights), two tensors, as from heatmap_target or coordinate_target, and "
+            f"got {', '.join(map(shape_of, parts))}"
+        )
 
 
 def check_keypoints(seen: str, loss: str, prediction: Tensor, target: Target) -> None:

@@ -12,10 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cyclekd.integrations.tokenpose.backbones import make_backbone
-from cyclekd.integrations.tokenpose.config import TokenPoseConfig, tokens_kept
+from cyclekd.integrations.tokenpose.config import TokenPoseConfig, check_images, tokens_kept
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.heads import DistilPoseHead, HeatmapHead, RLEHead
-from cyclekd.integrations.tokenpose.transformer import Block, PruningBlock, sine_positions
+from cyclekd.integrations.tokenpose.transformer import Block, sine_positions
 
 
 class TokenPose(nn.Module):
@@ -23,22 +23,24 @@ class TokenPose(nn.Module):
 
     TokenPose (ICCV 2021, arXiv:2104.03516) in the form that SDPose, PPT and DistilPose share: keypoint tokens first,
     then visual tokens row by row; sine positions for the visual ones, again before every block but the first.
-    Images are normalised RGB of `config.input_size`. Errors: PoseError for images of another size.
+    Images are normalised RGB of `config.input_size`. Errors: PoseError for images of another size, or of whole numbers.
     """
 
     def __init__(self, config: TokenPoseConfig, pretrained_backbone: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.img_size = config.input_size  # where find_stacks, as for timm's models, looks for it
+        # Where find_stacks, as for timm's models, looks for the size to run. Tokens that drop out on the way would end
+        # its stack, so it reads the blocks of a pruning model off their list.
+        self.img_size = None if config.prune_at else config.input_size
         self.backbone = make_backbone(config.backbone, config.stage1_width, pretrained_backbone)
-        patch = config.patch_size[0] * config.patch_size[1] * self.backbone.num_features
-        self.patch_embed = nn.Linear(patch, config.dim)
+        self.patch_embed = PatchEmbed(config.patch_size, self.backbone.num_features, config.dim)
         self.keypoint_tokens = nn.Parameter(torch.zeros(1, config.num_keypoints, config.dim))
         # Keypoint tokens have no place: zeros, so that one addition serves all tokens.
         table = torch.zeros(1, config.num_keypoints + config.num_visual_tokens, config.dim)
         table[0, config.num_keypoints :] = sine_positions(config.grid_size, config.dim)
         self.register_buffer("positions", table, persistent=False)
         self.blocks = nn.ModuleList(_make_block(config, index) for index in range(config.depth))
+        self.keep_rate = config.keep_rate  # of the moment, see set_keep_rate
         self.head = _make_head(config)
         self.reset_parameters(backbone=not pretrained_backbone)
 
@@ -71,29 +73,33 @@ class TokenPose(nn.Module):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, K + N, D] as they enter the first block, and the positions [1, K + N, D] that go with them."""
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, *self.config.input_size):
-            raise PoseError(
-                f"{self.config.name} takes images of {('B', 3, *self.config.input_size)}, and got "
-                f"{tuple(images.shape)}: resize them, or create_model({self.config.name!r}, input_size=(H, W))"
-            )
-        if images.is_cuda or not torch.is_grad_enabled():
-            # What tensor cores work in, and faster on a CPU too. There, though, batch norm sums one by one in this
-            # format: gradients were off by 1e-3 at 4 images.
-            images = images.contiguous(memory_format=torch.channels_last)
-        features = self.backbone(images)
-        p1, p2 = self.config.patch_size
-        patches = rearrange(features, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p1, p2=p2)
-        visual = self.patch_embed(patches)
-        keypoints = self.keypoint_tokens.expand(images.shape[0], -1, -1).to(visual.dtype)
+        check_images(self.config, images)
+        visual = self.patch_embed(self.backbone(images))
+        keypoints = self.keypoint_tokens.expand(images.shape[0], -1, -1)
         return torch.cat([keypoints, visual], dim=1) + self.positions, self.positions
 
     def _ends_group(self, index: int) -> bool:
         return (index + 1) % (self.config.depth // self.config.groups) == 0
 
 
+class PatchEmbed(nn.Linear):
+    """A feature map [B, C, H, W] to a token per patch, row by row, [B, N, D]; cut in here, so once for all cycles."""
+
+    def __init__(self, patch: tuple[int, int], features: int, dim: int) -> None:
+        super().__init__(patch[0] * patch[1] * features, dim)
+        self.patch = patch
+
+    def forward(self, features: Tensor) -> Tensor:
+        p1, p2 = self.patch
+        return super().forward(rearrange(features, "b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=p1, p2=p2))
+
+
 def token_groups(model: nn.Module) -> dict[str, tuple[slice, float]]:
-    """Keypoint and visual tokens of a TokenPose, as `CycleLoss(groups=...)` takes them; equations (1) and (2)."""
-    keypoints = model.config.num_keypoints
+    """Keypoint and visual tokens of a TokenPose, as `CycleLoss(groups=...)` takes them; equations (1) and (2).
+
+    Errors: PoseError for another model, or one inside of DDP.
+    """
+    keypoints = _token_pose(model, "token_groups").config.num_keypoints
     return {"keypoint": (slice(0, keypoints), 1.0), "visual": (slice(keypoints, None), 1.0)}
 
 
@@ -102,32 +108,42 @@ def set_keep_rate(model: nn.Module, keep_rate: float) -> None:
 
     Not part of the state dict: a resumed training sets it again. Each new share compiles a compiled model anew, which
     PyTorch does 8 times by default, so anneal in a few steps there.
-    Errors: PoseError for a model without pruning blocks, or a share outside of 0 to 1.
+    Errors: PoseError for a model without pruning blocks, or inside of DDP, or a share outside of 0 to 1.
     """
-    blocks = {index: block for index, block in enumerate(model.blocks) if isinstance(block, PruningBlock)}
-    if not blocks:
+    model = _token_pose(model, "set_keep_rate")
+    if not model.config.prune_at:
         raise PoseError(f"{model.config.name} has no pruning blocks: create it with prune_at=(3, 6, 9), as ppt_s is")
     if not 0 < keep_rate <= 1:
         raise PoseError(f"keep_rate={keep_rate} is a share of the tokens, above 0 and at most 1")
+    model.keep_rate = keep_rate
     for index, keep in tokens_kept(model.config, keep_rate).items():
-        blocks[index].keep = keep
+        model.blocks[index].keep = keep
 
 
 def annealed_keep_rate(epoch: float, keep_rate: float = 0.7, wait: float = 10, anneal: float = 100) -> float:
     """PPT's own schedule for `set_keep_rate`: 1 for `wait` epochs, then down a half cosine to `keep_rate` in `anneal`.
 
-    SDPose's PPT models were trained with the final rate from the first step instead.
+    With `anneal=0` it falls at once. SDPose's PPT models were trained with the final rate from the first step instead.
     """
-    progress = min(max((epoch - wait) / anneal, 0.0), 1.0)
+    progress = min(max((epoch - wait) / anneal, 0.0), 1.0) if anneal > 0 else float(epoch >= wait)
     return keep_rate + (1 - keep_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _token_pose(model: nn.Module, asked: str) -> TokenPose:
+    """The model itself, of which torch.compile makes another object."""
+    model = getattr(model, "_orig_mod", model)
+    if not isinstance(model, TokenPose):
+        raise PoseError(
+            f"{asked} takes a model with keypoint tokens, such as create_model('sdpose_s_v1'), and got a "
+            f"{type(model).__name__}: pass model.module where it is in DDP"
+        )
+    return model
 
 
 def _make_block(config: TokenPoseConfig, index: int) -> Block:
     adds_positions = index % (config.depth // config.groups) > 0
-    arguments = (config.dim, config.heads, config.mlp_ratio, config.scale, adds_positions)
-    if index in config.prune_at:
-        return PruningBlock(*arguments, config.num_keypoints, tokens_kept(config, config.keep_rate)[index])
-    return Block(*arguments)
+    keep = tokens_kept(config, config.keep_rate).get(index)
+    return Block(config.dim, config.heads, config.mlp_ratio, config.scale, adds_positions, config.num_keypoints, keep)
 
 
 def _make_head(config: TokenPoseConfig) -> nn.Module:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from cyclekd.integrations.tokenpose.config import PRESETS, STRIDE, TokenPoseConfig
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.flow import RealNVP
-from cyclekd.integrations.tokenpose.layouts import Checkpoint, Source, parse_checkpoint, read_tensors, some
+from cyclekd.integrations.tokenpose.layouts import (
+    Checkpoint,
+    Source,
+    check_numbers,
+    parse_checkpoint,
+    read_tensors,
+    some,
+)
+from cyclekd.integrations.tokenpose.model import TokenPose
 from cyclekd.integrations.tokenpose.transformer import sine_positions
 
 _SCALES = {"head": "(dim / heads)^-0.5", "dim": "dim^-0.5"}
@@ -64,17 +72,19 @@ def load_reference_checkpoint(model: nn.Module, source: Source, *, strict: bool 
 
     Reads the layouts of `LAYOUTS`: the official TokenPose-S, -B and -L and PPT, and those built on mmpose (TokenPose,
     SDPose, PPT, DistilPose, SDPose-Reg); also inside of a training checkpoint ("state_dict", "model",
-    "best_state_dict") and with the "module." of DataParallel. `strict=False` loads the tensors that fit and reports the
-    others. The weights of RLE's flow are for training only: `load_reference_flow`.
+    "best_state_dict") and with the "module." of DataParallel; what is no tensor in a dict that you give is not looked
+    at. `strict=False` loads the tensors that fit and reports the others. The weights of RLE's flow are for training
+    only: `load_reference_flow`.
 
-    Errors: PoseError, and the model stays as it is, where the file is of no known layout, holds other objects than
-    tensors, NaN or infinity, or is of another attention scale; with `strict`, also where a tensor is missing, surplus
-    or of another shape, or where the positions are not the sine table of this model's input size.
+    Errors: PoseError, and the model stays as it is, where the file is of no known layout, cannot be read without
+    running code of its own, holds NaN, infinity or whole numbers as weights, or is of another attention scale or number
+    of heads; with `strict`, also where a tensor is missing, surplus or of another shape, or where the positions are not
+    the sine table of this model's input size.
     """
     config = _config_of(model)
     checkpoint = parse_checkpoint(source)
-    _check_finite(checkpoint.weights, checkpoint.where)
-    _check_scale(checkpoint, config)
+    check_numbers(checkpoint.weights, checkpoint.where)
+    _check_attention(checkpoint, config)
     report = _compare(checkpoint, model.state_dict(), config)
     if strict and not report.fits:
         raise PoseError(_why_not(checkpoint, report, config))
@@ -97,7 +107,7 @@ def load_reference_flow(flow: RealNVP, source: Source) -> None:
             raise PoseError(
                 f"{where}: flow_model.{name} is not {expected.tolist()}, so it is of another flow than RealNVP()"
             )
-    _check_finite(found, where)
+    check_numbers(found, where)
     own = flow.state_dict()
     wrong = _shape_differences(found, own)
     if wrong or found.keys() != own.keys():
@@ -130,31 +140,28 @@ def reference_model(source: Source) -> tuple[str, dict[str, Any]]:
 
 
 def _config_of(model: nn.Module) -> TokenPoseConfig:
-    config = getattr(model, "config", None)
-    if not isinstance(config, TokenPoseConfig):
+    if not isinstance(model, TokenPose):
         raise PoseError(
             f"load_reference_checkpoint({type(model).__name__}, ...) takes a model with keypoint tokens, such as "
             'create_model("tokenpose_s_v1"), and before it goes into DDP or torch.compile'
         )
-    return config
+    return model.config
 
 
-def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    bad = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
-    if bad:
-        raise PoseError(
-            f"{where} has NaN or infinity in {some(bad)}: the training that wrote it had diverged, or it is damaged"
-        )
-
-
-def _check_scale(checkpoint: Checkpoint, config: TokenPoseConfig) -> None:
-    scale = checkpoint.layout.attention_scale
-    if scale != config.attention_scale and config.heads > 1:
-        raise PoseError(
-            f"{checkpoint.where} is of {checkpoint.layout.name}, which scales attention by {_SCALES[scale]}, and "
-            f"{config.name} by {_SCALES[config.attention_scale]}: it would load and predict something else. "
-            f"Write {_call(config, {'attention_scale': scale, **_settings_in(checkpoint)})}"
-        )
+def _check_attention(checkpoint: Checkpoint, config: TokenPoseConfig) -> None:
+    """Scale and number of heads, which are in no shape."""
+    layout, seen = checkpoint.layout, _settings_in(checkpoint)
+    heads = seen.get("heads", config.heads)
+    if layout.attention_scale != config.attention_scale and config.heads > 1:
+        theirs, ours = f"scales attention by {_SCALES[layout.attention_scale]}", f"by {_SCALES[config.attention_scale]}"
+    elif heads != config.heads and seen["dim"] == config.dim:
+        theirs, ours = f"has {heads} heads wherever it was published", f"has {config.heads}"
+    else:
+        return
+    raise PoseError(
+        f"{checkpoint.where} is of {layout.name}, which {theirs}, and {config.name} {ours}: it would load and "
+        f"predict something else. Write {_call(config, seen)}"
+    )
 
 
 def _compare(checkpoint: Checkpoint, own: Mapping[str, Tensor], config: TokenPoseConfig) -> LoadReport:
@@ -232,7 +239,7 @@ def _settings_in(checkpoint: Checkpoint) -> dict[str, Any]:
         width = shapes.get("backbone.transition1.0.0.weight", (None,))[0]
         seen["backbone"] = "stem" if width is None else f"hrnet_w{width}"
         channels = width or 4 * seen["stage1_width"]
-        patch_pixels = shapes.get("patch_embed.weight", (0, 0))[-1] // channels
+        patch_pixels = shapes.get("patch_embed.weight", (0, 0))[-1] // max(channels, 1)  # a damaged file can have 0
         if patch_pixels in _PATCH_SIZES:
             seen["patch_size"] = _PATCH_SIZES[patch_pixels]
     if len(shapes.get("keypoint_tokens", ())) == 3:

@@ -46,8 +46,8 @@ def oks(keypoints: Tensor, areas: Tensor, others: Tensor, other_areas: Tensor, *
     """Object key point similarity [N, M] of people [N, K, 2 or more] and others [M, K, 2 or more], from 0 to 1.
 
     The mean over key points of exp(-d² / (2 a (2 sigma)²)), d being their distance and a the mean of both areas, [N]
-    and [M], in pixels squared (https://cocodataset.org/#keypoints-eval). All key points count, whatever their score.
-    PoseError for other shapes, or sigmas that do not fit K.
+    and [M], in pixels squared (https://cocodataset.org/#keypoints-eval). All key points count, whatever their score; a
+    lost coordinate (NaN) gives NaN. PoseError for other shapes, or sigmas that do not fit K.
     """
     count = keypoints.shape[1] if keypoints.ndim == 3 else "K"
     for name, people, of_people in (("keypoints", keypoints, areas), ("others", others, other_areas)):
@@ -55,7 +55,7 @@ def oks(keypoints: Tensor, areas: Tensor, others: Tensor, other_areas: Tensor, *
         check_shape(f"oks: areas of {name}", of_people, people.shape[0])
     check_sigmas("oks", sigmas, keypoints.shape[1])
     a, b = full_precision(keypoints)[:, None, :, :2], full_precision(others)[None, :, :, :2]
-    area = (areas[:, None] + other_areas) / 2  # [N, M]
+    area = (full_precision(areas)[:, None] + full_precision(other_areas)) / 2  # [N, M]
     spread = (2 * a.new_tensor(sigmas)).square()
     distance = (a - b).square().sum(-1)  # [N, M, K]
     return torch.exp(-distance / (2 * area.clamp(min=1e-12)[..., None] * spread)).mean(-1)
@@ -66,7 +66,8 @@ def oks_nms(
 ) -> Tensor:
     """Indices of the people of one image to keep, best first: none resembles a better one by more than `threshold`.
 
-    `keypoints` [N, K, 2 or more], `scores` and `areas` [N]. Runs on the CPU, once per image.
+    `keypoints` [N, K, 2 or more], `scores` and `areas` [N]. A person with a NaN coordinate resembles nobody. Runs on
+    the CPU, once per image.
     """
     overlap = _overlap(keypoints, scores, areas, sigmas)
     kept, alive = [], torch.ones(len(overlap), dtype=torch.bool)
@@ -97,7 +98,7 @@ def soft_oks_nms(
         person = int(left.argmax())
         kept.append(person)
         left *= torch.exp(-overlap[person].square() / threshold)
-        left[person] = -torch.inf
+        left[kept] = -torch.inf  # all of them: -inf times a factor that underflowed to 0 is NaN, argmax's first choice
     return torch.tensor(kept, dtype=torch.long, device=keypoints.device)
 
 
@@ -130,4 +131,4 @@ def _check_scores(name: str, keypoint_scores: Tensor, box_scores: Tensor) -> Non
 def _overlap(keypoints: Tensor, scores: Tensor, areas: Tensor, sigmas: Sequence[float]) -> Tensor:
     overlap = oks(keypoints, areas, keypoints, areas, sigmas=sigmas).cpu()
     check_shape("scores of the people", scores, len(overlap))
-    return overlap
+    return overlap.nan_to_num()  # no comparison with NaN is true: a lost person would suppress everybody else

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with fused kernels; queries, keys and values without bias."""
+    """Multi-head self-attention with fused kernels; queries, keys and values without bias.
+
+    Tokens [B, T, dim] to [B, T, dim], and the queries and keys [B, heads, T, dim / heads] that they mixed by.
+    """
 
     def __init__(self, dim: int, heads: int, scale: float) -> None:
         super().__init__()
@@ -24,18 +27,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def project(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each [B, heads, T, dim / heads]."""
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = rearrange(self.qkv(tokens), "b t (three h d) -> three b h t d", three=3, h=self.heads)
-        return q, k, v
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, T, dim]"""
         mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        return self.proj(rearrange(mixed, "b h t d -> b t (h d)"))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.attend(*self.project(tokens))
+        return self.proj(rearrange(mixed, "b h t d -> b t (h d)")), q, k
 
 
 class Block(nn.Module):
@@ -43,11 +38,24 @@ class Block(nn.Module):
 
     `adds_positions` is False for the first block of a transformer, which gets tokens that hold them, or, in a later
     cycle, tokens that nothing is added to: in the authors' code positions come before every layer but the first.
+
+    With `keep` it drops, between attention and MLP, the visual tokens to which the keypoint tokens attend least (PPT,
+    ECCV 2022). At most `keep` visual tokens leave, in the order of their scores; where no more enter, as in a later
+    cycle, all stay.
     """
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, scale: float, adds_positions: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_ratio: float,
+        scale: float,
+        adds_positions: bool,
+        num_keypoints: int,
+        keep: int | None = None,
+    ) -> None:
         super().__init__()
-        self.adds_positions = adds_positions
+        self.adds_positions, self.num_keypoints, self.keep = adds_positions, num_keypoints, keep
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, heads, scale)
         self.norm2 = nn.LayerNorm(dim)
@@ -56,29 +64,9 @@ class Block(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         if self.adds_positions:
             tokens = tokens + positions
-        tokens = tokens + self.attn(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens)), positions
-
-
-class PruningBlock(Block):
-    """Drops, between attention and MLP, the visual tokens to which the keypoint tokens attend least (PPT, ECCV 2022).
-
-    At most `keep` visual tokens leave, in the order of their scores; where no more enter, as in a later cycle, all
-    stay.
-    """
-
-    def __init__(
-        self, dim: int, heads: int, mlp_ratio: float, scale: float, adds_positions: bool, num_keypoints: int, keep: int
-    ) -> None:
-        super().__init__(dim, heads, mlp_ratio, scale, adds_positions)
-        self.num_keypoints, self.keep = num_keypoints, keep
-
-    def forward(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        if self.adds_positions:
-            tokens = tokens + positions
-        q, k, v = self.attn.project(self.norm1(tokens))
-        tokens = tokens + self.attn.attend(q, k, v)
-        if tokens.shape[1] - self.num_keypoints > self.keep:
+        mixed, q, k = self.attn(self.norm1(tokens))
+        tokens = tokens + mixed
+        if self.keep is not None and tokens.shape[1] - self.num_keypoints > self.keep:
             kept = self.choose(q, k)
             tokens, positions = _take(tokens, kept), _take(positions.expand_as(tokens), kept)
         return tokens + self.mlp(self.norm2(tokens)), positions
