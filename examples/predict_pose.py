@@ -25,15 +25,10 @@ from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, write_json
 from cyclekd.integrations.tokenpose import COCO, CROWDPOSE, PoseError, from_pretrained
 from cyclekd.integrations.tokenpose.annotations import read_annotations
+from cyclekd.integrations.tokenpose.detection import HFDetector, read_boxes
 from cyclekd.integrations.tokenpose.drawing import draw_poses
-from cyclekd.integrations.tokenpose.predict import (
-    HFDetector,
-    PosePredictor,
-    Video,
-    coco_results,
-    read_boxes,
-    write_video,
-)
+from cyclekd.integrations.tokenpose.predict import PosePredictor, coco_results
+from cyclekd.integrations.tokenpose.video import Video, write_video
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}

@@ -12,7 +12,8 @@ from PIL import Image
 
 from cyclekd.integrations.tokenpose import figures
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.figures import PARTS, draw_figures, write_figures
+from cyclekd.integrations.tokenpose.figure_parts import LIMB_PARTS, PARTS, make_figure
+from cyclekd.integrations.tokenpose.figures import draw_figures, write_figures
 from cyclekd.integrations.tokenpose.skeletons import COCO
 
 INDEX = {name: index for index, name in enumerate(COCO.names)}
@@ -27,13 +28,13 @@ def keypoints(annotation: dict) -> NDArray[np.float64]:
 def maps(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.uint8]]:
     """The part map of every image that is drawn: 0 or 1 + 17 * person + part, at twice the image's size."""
     found: list[NDArray[np.uint8]] = []
-    expose = figures._expose
+    expose = figures.expose
 
     def keep(canvas, rng):
         found.append(np.array(canvas.map))
         return expose(canvas, rng)
 
-    monkeypatch.setattr(figures, "_expose", keep)
+    monkeypatch.setattr(figures, "expose", keep)
     return found
 
 
@@ -123,7 +124,7 @@ def test_what_is_seen_at_a_key_point_decides_its_visibility(maps: list[NDArray[n
 
 def test_joints_lie_within_their_own_limbs() -> None:
     for seed in range(20):
-        figure = figures._figure(np.random.Generator(np.random.PCG64(seed)), (240, 320), (0.5, 1.0))
+        figure = make_figure(np.random.Generator(np.random.PCG64(seed)), (240, 320), (0.5, 1.0))
         for name, point in zip(COCO.names, figure.keypoints, strict=True):
             side, _, joint = name.rpartition("_")
             for part in OWN.get(joint, ()):
@@ -144,7 +145,7 @@ def test_occluders_hide_key_points_and_nothing_else_changes(
     maps: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_occluders = [(draw_figures(seed, people=(1, 1))[1][0], maps[-1]) for seed in range(30)]
-    monkeypatch.setattr(figures, "_draw_occluder", lambda *_: None)
+    monkeypatch.setattr(figures, "draw_occluder", lambda *_: None)
     hidden = 0
     for seed, (annotation, part_map) in enumerate(with_occluders):
         free = draw_figures(seed, people=(1, 1))[1][0]
@@ -177,7 +178,7 @@ def test_boxes_enclose_key_points_and_all_that_is_seen(maps: list[NDArray[np.uin
 
 
 def test_a_box_is_no_wider_than_its_figure(maps: list[NDArray[np.uint8]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(figures, "_draw_occluder", lambda *_: None)
+    monkeypatch.setattr(figures, "draw_occluder", lambda *_: None)
     for seed in range(25):
         x, y, width, height = draw_figures(seed, people=(1, 1))[1][0]["bbox"]
         rows, columns = np.nonzero(maps[-1])
@@ -215,9 +216,9 @@ def test_the_face_does(persons: NDArray[np.float64]) -> None:
 
 def test_limbs_of_both_sides_wear_the_same_colours() -> None:
     for seed in range(10):
-        figure = figures._figure(np.random.Generator(np.random.PCG64(seed)), (240, 320), (0.5, 1.0))
+        figure = make_figure(np.random.Generator(np.random.PCG64(seed)), (240, 320), (0.5, 1.0))
         colours = {part.name: [colour for _, colour in part.layers] for part in figure.parts}
-        for part in figures.LIMB_PARTS:
+        for part in LIMB_PARTS:
             assert colours[f"left_{part}"] == colours[f"right_{part}"]
 
 

@@ -24,20 +24,13 @@ from cyclekd.integrations.tokenpose import (
 )
 from cyclekd.integrations.tokenpose.config import config_for
 from cyclekd.integrations.tokenpose.decoding import decode_regression, decode_token_regression, to_image
+from cyclekd.integrations.tokenpose.detection import Boxes, HFDetector, read_boxes
 from cyclekd.integrations.tokenpose.flips import average_flipped, predict_flipped_regression
 from cyclekd.integrations.tokenpose.geometry import center_and_scale, crop_matrices
-from cyclekd.integrations.tokenpose.predict import (
-    Boxes,
-    HFDetector,
-    PosePredictor,
-    Poses,
-    Video,
-    coco_results,
-    load_image,
-    read_boxes,
-    write_video,
-)
+from cyclekd.integrations.tokenpose.photos import load_image
+from cyclekd.integrations.tokenpose.predict import PosePredictor, Poses, coco_results
 from cyclekd.integrations.tokenpose.scoring import rescore
+from cyclekd.integrations.tokenpose.video import Video, write_video
 from cyclekd.integrations.tokenpose.warp import normalize, warp_exact
 
 ROOT = Path(__file__).parents[1]

@@ -15,6 +15,7 @@ from cyclekd.integrations.tokenpose.baselines import ConvPose
 from cyclekd.integrations.tokenpose.config import ConvPoseConfig, TokenPoseConfig
 from cyclekd.integrations.tokenpose.create import create_model, list_models
 from cyclekd.integrations.tokenpose.decoding import Keypoints, decode_heatmaps, to_image, to_image_aligned
+from cyclekd.integrations.tokenpose.detection import HFDetector
 from cyclekd.integrations.tokenpose.distilpose import DistilPoseLoss
 from cyclekd.integrations.tokenpose.drawing import draw_poses
 from cyclekd.integrations.tokenpose.errors import PoseError
@@ -25,7 +26,7 @@ from cyclekd.integrations.tokenpose.hub import from_pretrained, push_to_hub, sav
 from cyclekd.integrations.tokenpose.losses import HeatmapLoss, RLELoss
 from cyclekd.integrations.tokenpose.model import TokenPose, annealed_keep_rate, set_keep_rate, token_groups
 from cyclekd.integrations.tokenpose.people import People, read_people
-from cyclekd.integrations.tokenpose.predict import HFDetector, PosePredictor
+from cyclekd.integrations.tokenpose.predict import PosePredictor
 from cyclekd.integrations.tokenpose.reference import load_reference_checkpoint
 from cyclekd.integrations.tokenpose.skeletons import COCO, CROWDPOSE, Skeleton
 from cyclekd.integrations.tokenpose.targets import Target, coordinate_target, heatmap_target

@@ -1,18 +1,15 @@
-"""From photographs and video to people's key points in their pixels, and the files that go in and come out.
+"""From photographs and video to people's key points in pixels of the picture.
 
-The model sees crops as its evaluation cuts them. Photographs are turned upright first, as their camera noted it, so
-that boxes and key points are those of the picture that a viewer shows.
+The model sees crops as its evaluation cuts them, and the next images are decoded while it works.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from fractions import Fraction
 from itertools import islice
 from operator import length_hint
 from pathlib import Path
@@ -20,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -33,6 +29,7 @@ from cyclekd.integrations.tokenpose.decoding import (
     decode_token_regression,
     to_image,
 )
+from cyclekd.integrations.tokenpose.detection import PERSON, Boxes, Detector, find_device
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.flips import predict_flipped, predict_flipped_regression
 from cyclekd.integrations.tokenpose.geometry import (
@@ -42,13 +39,11 @@ from cyclekd.integrations.tokenpose.geometry import (
     invert_matrices,
     transform_points,
 )
+from cyclekd.integrations.tokenpose.photos import ImageSource, load_image, name_of
 from cyclekd.integrations.tokenpose.scoring import oks_nms, rescore
 from cyclekd.integrations.tokenpose.shapes import full_precision
 from cyclekd.integrations.tokenpose.skeletons import COCO, Skeleton
 from cyclekd.integrations.tokenpose.warp import normalize, warp_batch
-
-PERSON = 1
-"""COCO's category id."""
 
 READ_AHEAD = min(4, os.cpu_count() or 1)
 """Images that are decoded while the model works, each in a thread of its own."""
@@ -56,15 +51,7 @@ READ_AHEAD = min(4, os.cpu_count() or 1)
 MOST_WAITING = 2**28
 """Bytes of images that wait for a batch of people to be full."""
 
-ImageSource = str | Path | Image.Image | np.ndarray
 Precision = Literal["fp32", "bf16"]
-
-
-class Boxes(NamedTuple):
-    """People in an image: boxes [N, 4] as (x, y, width, height) in its pixels, and scores [N] from 0 to 1."""
-
-    boxes: np.ndarray
-    scores: np.ndarray
 
 
 class Poses(NamedTuple):
@@ -92,9 +79,6 @@ class Prediction(NamedTuple):
     poses: Poses
 
 
-Detector = Callable[[np.ndarray], Boxes]
-
-
 class PosePredictor:
     """A pose model with all that belongs round it: `predictor(image, boxes)` gives `Poses` in pixels of the image.
 
@@ -120,14 +104,14 @@ class PosePredictor:
         precision: Precision = "fp32",
     ) -> None:
         _check_settings(model, skeleton, batch_size, precision)
-        self.device = _device(device)
+        self.device = find_device(device)
         self.model, self.skeleton = model.to(self.device).eval(), skeleton
         self.config: PoseConfig = model.config
         self.batch_size, self.flip, self.method, self.precision = batch_size, flip, method, precision
 
     def __call__(self, image: ImageSource, boxes: Boxes | Sequence[Any] | np.ndarray | None = None) -> Poses:
         pixels = load_image(image)
-        return self._poses([pixels], [_check_boxes(_name(image), pixels, boxes)])[0]
+        return self._poses([pixels], [_check_boxes(name_of(image), pixels, boxes)])[0]
 
     def predict_images(
         self,
@@ -227,81 +211,6 @@ class PosePredictor:
         return Poses(*(column[kept] for column in poses))
 
 
-class HFDetector:
-    """People found by an object detection model of Hugging Face: `detector(image)` gives `Boxes`, the best first.
-
-    `model` is a repository such as "facebook/detr-resnet-50" or "PekingU/rtdetr_r18vd", a folder, or such a model
-    itself together with its `processor`. Boxes whose score is above `threshold` count, cut off at the image's border.
-    Needs transformers. Errors: PoseError for a model that cannot be had, or that knows no label "person".
-    """
-
-    def __init__(
-        self,
-        model: str | Path | nn.Module,
-        threshold: float = 0.5,
-        device: str | torch.device | None = None,
-        *,
-        processor: Any = None,
-    ) -> None:
-        if isinstance(model, str | Path):
-            model, processor = _load_detector(model, processor)
-        elif processor is None:
-            raise PoseError(
-                f"HFDetector({type(model).__name__}): pass its processor too, processor=AutoImageProcessor."
-                "from_pretrained(...), or the name of a repository alone"
-            )
-        self.person = _person_labels(model)
-        self.device, self.threshold, self.processor = _device(device), threshold, processor
-        self.model = model.to(self.device).eval()
-
-    @torch.no_grad()
-    def __call__(self, image: ImageSource) -> Boxes:
-        pixels = load_image(image)
-        height, width = pixels.shape[:2]
-        inputs = self.processor(images=Image.fromarray(pixels), return_tensors="pt").to(self.device)
-        found = self.processor.post_process_object_detection(
-            self.model(**inputs), threshold=self.threshold, target_sizes=[(height, width)]
-        )[0]
-        scores, labels, corners = (found[name].float().cpu().numpy() for name in ("scores", "labels", "boxes"))
-        corners = corners.clip(0, (width, height, width, height))
-        boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), 1)
-        people = np.isin(labels, self.person) & (boxes[:, 2:] > 0).all(1)
-        order = np.argsort(-scores[people], kind="stable")
-        return Boxes(boxes[people][order].astype(np.float32), scores[people][order])
-
-
-def load_image(source: ImageSource) -> np.ndarray:
-    """uint8 [H, W, 3], RGB, turned upright. Errors: PoseError for files that are no image, and other arrays."""
-    if isinstance(source, np.ndarray):
-        return _as_rgb(source)
-    try:
-        if isinstance(source, Image.Image):
-            return _upright(source)
-        with Image.open(source) as opened:
-            return _upright(opened)
-    # Pillow has no class of its own for what is wrong in a file
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
-        raise PoseError(f"{_name(source)} cannot be read as an image: {_first_line(error)}") from error
-
-
-def read_boxes(path: str | Path) -> dict[str, Boxes]:
-    """Boxes by file name out of a JSON file, for `predict_images`; people without a box in it are not looked for.
-
-    Of one of these forms: {"photo.jpg": [[x, y, width, height], ...]}, with a score as a fifth number if there is one;
-    a COCO annotation file, of which people who are no crowd count; a list of {"file_name", "bbox", "score"}, as
-    `coco_results` gives it. Errors: PoseError for a file of another form.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        return _grouped(_box_rows(content))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        what = f"there is no {error}" if isinstance(error, KeyError) else _first_line(error)
-        raise PoseError(
-            f"{path} cannot be read as boxes ({what}): write {{'photo.jpg': [[x, y, width, height], ...]}}, a COCO "
-            "annotation file, or a list of {'file_name', 'bbox', 'score'}"
-        ) from error
-
-
 def coco_results(poses: Poses, image_id: int, file_name: str) -> list[dict[str, Any]]:
     """Rows of a COCO result file, one for each person; `keypoints` is x, y and score of each key point in turn."""
     rows = []
@@ -320,70 +229,6 @@ def coco_results(poses: Poses, image_id: int, file_name: str) -> list[dict[str, 
     return rows
 
 
-class Video:
-    """Frames of a video, uint8 [H, W, 3] each, as they come; `fps`, and `count`, 0 where the file does not say.
-
-    Needs PyAV. Errors: PoseError where it is missing, and for files that are no video.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path, av = Path(path), _av()
-        try:
-            with av.open(str(path)) as file:
-                stream = file.streams.video[0]
-                self.fps = float(stream.average_rate or stream.guessed_rate or 25)
-                self.count = stream.frames
-        except (av.FFmpegError, IndexError) as error:
-            raise PoseError(f"{path} cannot be read as a video: {_no_stream(error)}") from error
-
-    def __length_hint__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        av = _av()
-        try:
-            with av.open(str(self.path)) as file:
-                file.streams.video[0].thread_type = "AUTO"
-                for frame in file.decode(video=0):
-                    turns = round(getattr(frame, "rotation", 0) / 90)  # telephones note how they were held
-                    yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
-        except av.FFmpegError as error:
-            raise PoseError(f"{self.path} cannot be read on: {_no_stream(error)}") from error
-
-
-def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float) -> int:
-    """Write frames, uint8 [H, W, 3], as H.264 in .mp4, as they come; how many there were.
-
-    The file appears when it is whole. Odd sizes lose their last row or column, which the format has no place for.
-    Needs PyAV. Errors: PoseError where it is missing, and where `path` exists, cannot be written or is no .mp4.
-    """
-    path, av = Path(path), _av()
-    if path.suffix.lower() != ".mp4" or path.exists():
-        raise PoseError(f"write_video({str(path)!r}): " + ("this file exists" if path.exists() else "name it .mp4"))
-    partial = path.with_name(f".{path.stem}.partial.mp4")
-    count = 0
-    try:
-        with av.open(str(partial), "w") as file:
-            stream = file.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "20"})
-            stream.pix_fmt = "yuv420p"
-            for frame in frames:
-                height, width = (size - size % 2 for size in frame.shape[:2])
-                if not count:
-                    stream.width, stream.height = width, height
-                pixels = np.ascontiguousarray(frame[:height, :width])
-                file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-                count += 1
-            if not count:
-                raise PoseError(f"write_video({str(path)!r}): there is no frame to write")
-            file.mux(stream.encode())
-        partial.rename(path)
-    except (av.FFmpegError, OSError) as error:
-        raise PoseError(f"{path} cannot be written: {_first_line(error)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
-
-
 def _check_settings(model: nn.Module, skeleton: Skeleton, batch_size: int, precision: str) -> None:
     keypoints = getattr(getattr(model, "config", None), "num_keypoints", None)
     if keypoints is None:
@@ -399,38 +244,6 @@ def _check_settings(model: nn.Module, skeleton: Skeleton, batch_size: int, preci
         raise PoseError(f"PosePredictor(batch_size={batch_size}) needs at least one person in a batch")
     if precision not in ("fp32", "bf16"):
         raise PoseError(f"PosePredictor(precision={precision!r}): there are 'fp32' and 'bf16'")
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    try:
-        return torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError) as error:  # no such name, or not there
-        raise PoseError(f"device={str(device)!r} cannot be used: {_first_line(error)}") from error
-
-
-def _as_rgb(array: np.ndarray) -> np.ndarray:
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in (1, 3, 4) or not array.size:
-        raise PoseError(
-            f"an image is an array uint8 [H, W, 3], and this one is {array.dtype} {list(array.shape)}: values from 0 "
-            "to 1 become (255 * image).astype('uint8'), and channels go last"
-        )
-    if channels == 3:
-        return np.ascontiguousarray(array)
-    return np.array(Image.fromarray(array.reshape(array.shape[:2]) if channels == 1 else array).convert("RGB"))
-
-
-def _upright(image: Image.Image) -> np.ndarray:
-    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def _name(source: ImageSource) -> str:
-    return str(source) if isinstance(source, str | Path) else "this image"
-
-
-def _first_line(error: Exception) -> str:
-    said = getattr(error, "strerror", None) or str(error).strip()
-    return next(iter(said.splitlines()), type(error).__name__)
 
 
 def _check_boxes(name: str, image: np.ndarray, boxes: Boxes | Sequence[Any] | np.ndarray | None) -> Boxes:
@@ -463,13 +276,13 @@ def _boxes_of(
     source: ImageSource, image: np.ndarray, boxes: Mapping[str, Any] | None, detector: Detector | None
 ) -> Boxes:
     if detector is not None:
-        return _check_boxes(_name(source), image, detector(image))
+        return _check_boxes(name_of(source), image, detector(image))
     if boxes is None:
-        return _check_boxes(_name(source), image, None)
+        return _check_boxes(name_of(source), image, None)
     name = Path(source).name if isinstance(source, str | Path) else "an image that is no file"
     if name not in boxes:
         raise PoseError(f"there are no boxes for {name}: where there is nobody they are []")
-    return _check_boxes(_name(source), image, boxes[name])
+    return _check_boxes(name_of(source), image, boxes[name])
 
 
 def _visible_part(image: np.ndarray, matrix: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, Tensor]:
@@ -504,69 +317,3 @@ def _read_ahead(
                 on_unreadable(source, error)
             else:
                 yield source, pixels
-
-
-def _load_detector(name: str | Path, processor: Any) -> tuple[nn.Module, Any]:
-    try:
-        from transformers import AutoImageProcessor, AutoModelForObjectDetection
-    except ImportError as error:
-        raise PoseError("HFDetector needs transformers: pip install transformers") from error
-    try:
-        model = AutoModelForObjectDetection.from_pretrained(str(name), use_safetensors=True)
-        return model, processor or AutoImageProcessor.from_pretrained(str(name))
-    except (OSError, ValueError, ImportError) as error:  # no such repository, another kind of model, timm missing
-        raise PoseError(f"HFDetector({str(name)!r}) cannot be loaded: {_first_line(error)}") from error
-
-
-def _person_labels(model: nn.Module) -> list[int]:
-    labels = {int(index): label for index, label in model.config.id2label.items()}
-    person = [index for index, label in labels.items() if label.lower() == "person"]
-    if not person:
-        raise PoseError(
-            f"HFDetector: none of the model's labels is 'person': {', '.join(list(labels.values())[:5])}, ...; choose "
-            "one that was trained on COCO, such as facebook/detr-resnet-50"
-        )
-    return person
-
-
-def _box_rows(content: Any) -> Iterator[tuple[str, Sequence[float] | None, float]]:
-    """(file name, box, score) of every box, and (file name, None, 0) for an image without."""
-    if isinstance(content, list):
-        for row in content:
-            yield row["file_name"], row["bbox"], float(row.get("score", 1.0))
-    elif "images" in content and "annotations" in content:
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        yield from ((name, None, 0.0) for name in names.values())
-        for row in content["annotations"]:
-            if row.get("category_id", PERSON) == PERSON and not row.get("iscrowd"):
-                yield names[row["image_id"]], row["bbox"], 1.0
-    else:
-        for name, boxes in content.items():
-            yield name, None, 0.0
-            yield from ((name, box[:4], float(box[4]) if len(box) > 4 else 1.0) for box in boxes)
-
-
-def _grouped(rows: Iterable[tuple[str, Sequence[float] | None, float]]) -> dict[str, Boxes]:
-    found: dict[str, list[tuple[Sequence[float], float]]] = {}
-    for name, box, score in rows:
-        people = found.setdefault(Path(name).name, [])
-        if box is not None:
-            people.append((box, score))
-    return {name: _stacked(people) for name, people in found.items()}
-
-
-def _stacked(people: list[tuple[Sequence[float], float]]) -> Boxes:
-    boxes, scores = ([each[field] for each in people] for field in (0, 1))
-    return Boxes(np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32))
-
-
-def _av() -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise PoseError("video needs PyAV: pip install av") from error
-    return av
-
-
-def _no_stream(error: Exception) -> str:
-    return "there are no pictures in it" if isinstance(error, IndexError) else _first_line(error)
