@@ -14,11 +14,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
 import statistics
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,7 +31,8 @@ if not __package__:  # run as a script: the folder in which `benchmarks` lies is
     sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.pose import costs
-from benchmarks.records import RESULTS, free_path, origin, print_rows, write_rows
+from benchmarks.records import RESULTS, free_path, print_rows, write_rows
+from benchmarks.settings import add_device_arguments, autocast, mode, provenance, use_device
 from benchmarks.speed.timing import paired_ratio, time_in_turns
 from cyclekd import CycleLoss, CycleOutput, wrap_multicycle
 
@@ -54,7 +53,7 @@ def main() -> None:
     rows = [as_row(name, seconds, flops, memory) for name in (*TRAINING, *EVALUATION)]
     print_table(rows, args)
     path = free_path(RESULTS / f"cost-{args.model}-n{args.cycles}-{mode(args)}-torch{torch.__version__}.csv")
-    source = provenance(args)
+    source = {"batch size": str(args.batch_size), **provenance(args)}
     write_rows(path, [row | source for row in rows])
     print(f"\nwritten to {path}")
 
@@ -65,17 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cycles", type=int, default=2, help="N, at least 2")
     parser.add_argument("--batch-size", type=int, default=8, help="images per step")
     parser.add_argument("--rounds", type=int, default=30, help="each times every variant once")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="on the CPU; with one, other work disturbs least")
-    parser.add_argument("--bf16", action="store_true", help="under bf16 autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) for every variant")
-    parser.add_argument("--seed", type=int, default=0)
+    add_device_arguments(parser, bf16="under bf16 autocast", compiled="torch.compile(fullgraph=True) for every variant")
     args = parser.parse_args()
     if args.cycles < 2 or args.batch_size < 1 or args.rounds < 2:
         parser.error("--cycles and --rounds are at least 2, --batch-size at least 1")
-    torch.set_num_threads(args.threads)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device is there")
+    use_device(parser, args)
     if not isinstance(timm.create_model(args.model), timm.models.VisionTransformer):
         parser.error(f"--model {args.model}: the hand-written loop is one of timm's VisionTransformer")
     return args
@@ -138,10 +131,6 @@ def make_step(name: str, args: argparse.Namespace, compiled: bool | None = None)
 
 def model_size(args: argparse.Namespace) -> tuple[int, int]:
     return timm.get_pretrained_cfg(args.model).input_size[1:]
-
-
-def autocast(args: argparse.Namespace) -> AbstractContextManager[object]:
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.bf16 else nullcontext()
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -210,22 +199,6 @@ def as_row(
 def print_table(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
     print(f"\n{args.model}, {args.cycles} cycles, batch {args.batch_size}, {mode(args)}, {args.rounds} rounds")
     print_rows(rows)
-
-
-def mode(args: argparse.Namespace) -> str:
-    return "-".join([args.device.split(":")[0], *(["bf16"] * args.bf16), *(["compiled"] * args.compile)])
-
-
-def provenance(args: argparse.Namespace) -> dict[str, str]:
-    cuda = args.device.startswith("cuda")
-    return {
-        "batch size": str(args.batch_size),
-        "rounds": str(args.rounds),
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        **origin(),
-    }
 
 
 if __name__ == "__main__":

@@ -14,13 +14,11 @@ their 95 % bootstrap intervals.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks.pose.plain import PlainPose
-from benchmarks.records import RESULTS, free_path, origin, print_rows, write_rows
+from benchmarks.records import RESULTS, free_path, print_rows, write_rows
+from benchmarks.settings import add_device_arguments, autocast, mode, provenance, use_device
 from benchmarks.speed.timing import paired_ratio, time_in_turns
 from cyclekd import CycleLoss, CycleOutput, run_cycles
 from cyclekd.integrations.tokenpose.config import PRESETS, TokenPoseConfig
@@ -101,17 +100,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=12, help="each times every variant once; 0 counts sizes alone")
     parser.add_argument("--batch-size", type=int, default=16, help="images per training step")
     parser.add_argument("--eval-batch-size", type=int, default=8, help="images per evaluation")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="on the CPU; with one, other work disturbs least")
-    parser.add_argument("--bf16", action="store_true", help="our models under bf16 autocast; the plain loop stays fp32")
-    parser.add_argument("--compile", action="store_true", help="our models through torch.compile; the plain loop eager")
-    parser.add_argument("--seed", type=int, default=0)
+    add_device_arguments(
+        parser,
+        bf16="our models under bf16 autocast; the plain loop stays fp32",
+        compiled="our models through torch.compile; the plain loop stays eager",
+    )
     args = parser.parse_args(arguments)
     if args.rounds < 0 or args.rounds == 1 or args.batch_size < 2 or args.eval_batch_size < 1:
         parser.error("--rounds is 0 or at least 2, --batch-size at least 2, --eval-batch-size at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda: no CUDA device is there")
-    torch.set_num_threads(args.threads)
+    use_device(parser, args)
     return args
 
 
@@ -268,10 +265,6 @@ def plain_cycles(plain: PlainPose) -> Callable[[Tensor], CycleOutput]:
     return run
 
 
-def autocast(args: argparse.Namespace) -> AbstractContextManager[object]:
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16) if args.bf16 else nullcontext()
-
-
 # -- records -----------------------------------------------------------------------------------------------------------
 
 
@@ -280,18 +273,3 @@ def write(stem: str, rows: list[dict[str, object]], args: argparse.Namespace) ->
     source = provenance(args)
     write_rows(path, [row | source for row in rows])
     print(f"written to {path}")
-
-
-def mode(args: argparse.Namespace) -> str:
-    return "-".join([args.device.split(":")[0], *(["bf16"] * args.bf16), *(["compiled"] * args.compile)])
-
-
-def provenance(args: argparse.Namespace) -> dict[str, str]:
-    cuda = args.device.startswith("cuda")
-    return {
-        "rounds": str(args.rounds),
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        **origin(),
-    }
