@@ -117,6 +117,12 @@ def test_integrations_import_from_lower_layers_and_the_public_names_of_the_libra
     assert names_taken_from_cyclekd(path) <= set(cyclekd.__all__)
 
 
+def test_pose_models_do_not_need_pycocotools():
+    code = "import sys, cyclekd.integrations.tokenpose; print('pycocotools' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "False\n", done.stdout + done.stderr
+
+
 def test_importing_the_library_loads_torch_alone():
     heavy = {"timm", "transformers", "accelerate", "datasets", "torchvision", "PIL", "matplotlib", "safetensors"}
     code = f"import sys, cyclekd; print(*({heavy} & set(sys.modules)))"

@@ -7,8 +7,8 @@
 
 Models by name are in create.py and config.py; what they learn in targets.py, losses.py and distilpose.py; what is made
 of their outputs in decoding.py, flips.py and scoring.py; files in reference.py (published checkpoints), hub.py and
-export.py; people of COCO and CrowdPose and their average precision in people.py and evaluation.py; key points of your
-own images in predict.py.
+export.py; people of COCO and CrowdPose in people.py, their average precision in evaluation.py (which is not imported
+here, as it needs pycocotools); key points of your own images in predict.py.
 """
 
 from cyclekd.integrations.tokenpose.baselines import ConvPose
@@ -19,7 +19,6 @@ from cyclekd.integrations.tokenpose.detection import HFDetector
 from cyclekd.integrations.tokenpose.distilpose import DistilPoseLoss
 from cyclekd.integrations.tokenpose.drawing import draw_poses
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.evaluation import Predictions, evaluate
 from cyclekd.integrations.tokenpose.export import KeypointModel, decode_output, export_onnx
 from cyclekd.integrations.tokenpose.flips import predict_flipped
 from cyclekd.integrations.tokenpose.hub import from_pretrained, push_to_hub, save_pretrained
@@ -44,7 +43,6 @@ __all__ = [
     "People",
     "PoseError",
     "PosePredictor",
-    "Predictions",
     "RLELoss",
     "Skeleton",
     "Target",
@@ -56,7 +54,6 @@ __all__ = [
     "decode_heatmaps",
     "decode_output",
     "draw_poses",
-    "evaluate",
     "export_onnx",
     "from_pretrained",
     "heatmap_target",
