@@ -24,11 +24,11 @@ from tqdm import tqdm
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, write_json
 from cyclekd.integrations.tokenpose import COCO, CROWDPOSE, PoseError, from_pretrained
-from cyclekd.integrations.tokenpose.annotations import read_annotations
-from cyclekd.integrations.tokenpose.detection import HFDetector, read_boxes
-from cyclekd.integrations.tokenpose.drawing import draw_poses
-from cyclekd.integrations.tokenpose.predict import PosePredictor, coco_results
-from cyclekd.integrations.tokenpose.video import Video, write_video
+from cyclekd.integrations.tokenpose.data.annotations import read_annotations
+from cyclekd.integrations.tokenpose.prediction.detection import HFDetector, read_boxes
+from cyclekd.integrations.tokenpose.prediction.drawing import draw_poses
+from cyclekd.integrations.tokenpose.prediction.predictor import PosePredictor, coco_results
+from cyclekd.integrations.tokenpose.prediction.video import Video, write_video
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}

@@ -38,18 +38,38 @@ INTEGRATION_LAYERS = [
     {"deit.arguments", "deit.data", "deit.deploy", "deit.recipe", "deit.task"},
     {"deit.streams"},
     {"deit.train"},
-    {"tokenpose.errors", "tokenpose.skeletons", "tokenpose.transformer", "tokenpose.heads"},
-    {"tokenpose.figure_body", "tokenpose.figure_shapes"},
-    {"tokenpose.figure_parts"},
-    {"tokenpose.figure_canvas"},
-    {"tokenpose.shapes", "tokenpose.config", "tokenpose.layouts", "tokenpose.backbones", "tokenpose.annotations"},
-    {"tokenpose.targets", "tokenpose.flow", "tokenpose.decoding", "tokenpose.baselines", "tokenpose.model"},
-    {"tokenpose.flips", "tokenpose.scoring", "tokenpose.losses", "tokenpose.create", "tokenpose.export"},
-    {"tokenpose.geometry", "tokenpose.matching", "tokenpose.drawing", "tokenpose.figures", "tokenpose.photos"},
-    {"tokenpose.distilpose", "tokenpose.reference", "tokenpose.hub", "tokenpose.detection", "tokenpose.video"},
-    {"tokenpose.warp", "tokenpose.people", "tokenpose.crowdpose", "tokenpose.views"},
-    {"tokenpose.evaluation", "tokenpose.predict"},
-    {"tokenpose.convert"},
+    {"tokenpose.errors", "tokenpose.skeletons"},
+    {"tokenpose.shapes"},
+    {"tokenpose.models.__init__", "tokenpose.models.heads", "tokenpose.models.transformer"},
+    {"tokenpose.models.backbones", "tokenpose.models.config"},
+    {"tokenpose.models.baselines", "tokenpose.models.tokenpose"},
+    {"tokenpose.models.create"},
+    {"tokenpose.losses.__init__", "tokenpose.losses.flow", "tokenpose.losses.targets"},
+    {"tokenpose.losses.supervised"},
+    {"tokenpose.losses.distilpose"},
+    {"tokenpose.keypoints.__init__", "tokenpose.keypoints.decoding"},
+    {"tokenpose.keypoints.export", "tokenpose.keypoints.flips", "tokenpose.keypoints.geometry"},
+    {"tokenpose.weights.__init__", "tokenpose.weights.layouts"},
+    {"tokenpose.weights.reference"},
+    {"tokenpose.weights.hub"},
+    {"tokenpose.weights.convert"},
+    {"tokenpose.figures.__init__", "tokenpose.figures.body", "tokenpose.figures.shapes"},
+    {"tokenpose.figures.parts"},
+    {"tokenpose.figures.canvas"},
+    {"tokenpose.figures.draw"},
+    {"tokenpose.data.__init__", "tokenpose.data.annotations"},
+    {"tokenpose.data.people", "tokenpose.data.views", "tokenpose.data.warp"},
+    {"tokenpose.data.contexts"},
+    {"tokenpose.data.crops"},
+    {"tokenpose.evaluation.__init__", "tokenpose.evaluation.matching"},
+    {"tokenpose.evaluation.crowdpose", "tokenpose.evaluation.scoring"},
+    {"tokenpose.evaluation.precision"},
+    {"tokenpose.prediction.__init__", "tokenpose.prediction.drawing", "tokenpose.prediction.photos"},
+    {"tokenpose.prediction.detection", "tokenpose.prediction.video"},
+    {"tokenpose.prediction.predictor"},
+    {"tokenpose.training.__init__", "tokenpose.training.arguments"},
+    {"tokenpose.training.task"},
+    {"tokenpose.training.train"},
     {"tokenpose.__init__"},
 ]
 """The same for integrations/: whatever a kind of training has for itself comes after what all of them share."""
@@ -87,7 +107,8 @@ def test_modules_import_from_lower_layers_torch_and_the_standard_library(path):
 
 
 def integration_modules():
-    return {f"{path.parent.name}.{path.stem}": path for path in sorted(INTEGRATIONS.glob("*/*.py"))}
+    files = sorted(INTEGRATIONS.rglob("*.py"))
+    return {".".join(path.relative_to(INTEGRATIONS).with_suffix("").parts): path for path in files}
 
 
 def names_taken_from_cyclekd(path):

@@ -34,9 +34,8 @@ def packaged() -> dict[str, str]:
     found = {f"cyclekd/{path.name}": path for path in library}
     found["cyclekd/integrations/__init__.py"] = ROOT / "cyclekd/integrations/__init__.py"
     for name in INTEGRATIONS:
-        found |= {
-            f"cyclekd/integrations/{name}/{path.name}": path for path in (ROOT / "integrations" / name).glob("*.py")
-        }
+        files = (ROOT / "integrations" / name).rglob("*.py")
+        found |= {f"cyclekd/{path.relative_to(ROOT)}": path for path in files}
     return {name: path.relative_to(ROOT).as_posix() for name, path in found.items()}
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cyclekd.integrations.tokenpose.create import create_model
+from cyclekd.integrations.tokenpose.models.create import create_model
 
 
 def lively(name: str, **overrides: Any) -> nn.Module:

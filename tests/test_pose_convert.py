@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cyclekd.integrations.tokenpose.convert import main
-from cyclekd.integrations.tokenpose.create import create_model
-from cyclekd.integrations.tokenpose.hub import from_pretrained
+from cyclekd.integrations.tokenpose.models.create import create_model
+from cyclekd.integrations.tokenpose.weights.convert import main
+from cyclekd.integrations.tokenpose.weights.hub import from_pretrained
 
 TINY = ["--set", "input_size=64,48", "--set", "depth=1", "--set", "dim=8", "--set", "heads=2"]
 
@@ -133,7 +133,9 @@ def test_the_model_is_read_from_the_file_where_it_can_be(
 ) -> None:
     official(tmp_path / "best.pth")
     seen = {"attention_scale": "dim", "input_size": (64, 48), "depth": 1, "dim": 8, "heads": 2}
-    monkeypatch.setattr("cyclekd.integrations.tokenpose.convert.reference_model", lambda file: ("tokenpose_s_v1", seen))
+    monkeypatch.setattr(
+        "cyclekd.integrations.tokenpose.weights.convert.reference_model", lambda file: ("tokenpose_s_v1", seen)
+    )
     assert main([str(tmp_path / "best.pth"), str(tmp_path / "ours")]) == 0
     assert capsys.readouterr().out.startswith(
         "model            create_model(\"tokenpose_s_v1\", attention_scale='dim', "
@@ -144,9 +146,9 @@ def test_it_runs_as_a_module_and_explains_itself(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["convert", "--help"])
-    monkeypatch.delitem(sys.modules, "cyclekd.integrations.tokenpose.convert")
+    monkeypatch.delitem(sys.modules, "cyclekd.integrations.tokenpose.weights.convert")
     with pytest.raises(SystemExit) as caught:
-        runpy.run_module("cyclekd.integrations.tokenpose.convert", run_name="__main__")
+        runpy.run_module("cyclekd.integrations.tokenpose.weights.convert", run_name="__main__")
     assert caught.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for part in ("FILE FOLDER", "--model NAME", "--set FIELD=VALUE", "--partial", "attention_scale=dim"):

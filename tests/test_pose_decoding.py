@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cyclekd.integrations.tokenpose.decoding import (
+from cyclekd.integrations.tokenpose.errors import PoseError
+from cyclekd.integrations.tokenpose.keypoints.decoding import (
     argmax,
     dark,
     decode_heatmaps,
@@ -20,8 +21,7 @@ from cyclekd.integrations.tokenpose.decoding import (
     to_image,
     to_image_aligned,
 )
-from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.targets import heatmap_target
+from cyclekd.integrations.tokenpose.losses.targets import heatmap_target
 from golden import golden
 
 METHODS = pytest.mark.parametrize("method", ["dark", "quarter", "argmax"])

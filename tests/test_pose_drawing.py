@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cyclekd.integrations.tokenpose import COCO, CROWDPOSE, PoseError, Skeleton
-from cyclekd.integrations.tokenpose.drawing import contact_sheet, draw_poses
+from cyclekd.integrations.tokenpose.prediction.drawing import contact_sheet, draw_poses
 
 GREY = np.full((120, 90, 3), 128, np.uint8)
 STICK = Skeleton(("left_end", "right_end", "middle"), ((0, 1),), (0.1,) * 3, (), ((0, 2), (2, 1)))

@@ -16,9 +16,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.tokenpose.crowdpose import crowdpose_ap
+from cyclekd.integrations.tokenpose.data.people import People, find_split, read_people
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.evaluation import (
+from cyclekd.integrations.tokenpose.evaluation.crowdpose import crowdpose_ap
+from cyclekd.integrations.tokenpose.evaluation.precision import (
     NAMES,
     Predictions,
     coco_ap,
@@ -27,7 +28,6 @@ from cyclekd.integrations.tokenpose.evaluation import (
     person_results,
     write_results,
 )
-from cyclekd.integrations.tokenpose.people import People, find_split, read_people
 from cyclekd.integrations.tokenpose.skeletons import COCO, CROWDPOSE, Skeleton
 from golden import FOLDER, golden_json
 

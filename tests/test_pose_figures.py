@@ -10,10 +10,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cyclekd.integrations.tokenpose import figures
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.figure_parts import LIMB_PARTS, PARTS, make_figure
-from cyclekd.integrations.tokenpose.figures import draw_figures, write_figures
+from cyclekd.integrations.tokenpose.figures import draw as figures
+from cyclekd.integrations.tokenpose.figures.draw import draw_figures, write_figures
+from cyclekd.integrations.tokenpose.figures.parts import LIMB_PARTS, PARTS, make_figure
 from cyclekd.integrations.tokenpose.skeletons import COCO
 
 INDEX = {name: index for index, name in enumerate(COCO.names)}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyclekd.integrations.tokenpose.decoding import argmax, decode_regression, decode_token_regression
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.flips import (
+from cyclekd.integrations.tokenpose.keypoints.decoding import argmax, decode_regression, decode_token_regression
+from cyclekd.integrations.tokenpose.keypoints.flips import (
     average_flipped,
     exchange_sides,
     flip_back,

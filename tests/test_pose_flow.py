@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from cyclekd.integrations.tokenpose.flow import RealNVP
+from cyclekd.integrations.tokenpose.losses.flow import RealNVP
 from golden import golden
 
 POINTS = torch.tensor([[0.0, 0.0], [1.0, -1.25], [0.75, -0.5], [1.25, -2.0]])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyclekd.integrations.tokenpose.decoding import to_image, to_image_aligned
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.geometry import (
+from cyclekd.integrations.tokenpose.keypoints.decoding import to_image, to_image_aligned
+from cyclekd.integrations.tokenpose.keypoints.geometry import (
     center_and_scale,
     center_and_scale_aligned,
     clean_boxes,

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from benchmarks.pose.plain import PlainPose, sine_table
 from cyclekd import CycleLoss, CycleOutput, run_cycles
-from cyclekd.integrations.tokenpose.create import create_model
-from cyclekd.integrations.tokenpose.layouts import parse_checkpoint
-from cyclekd.integrations.tokenpose.losses import HeatmapLoss
-from cyclekd.integrations.tokenpose.model import token_groups
-from cyclekd.integrations.tokenpose.reference import load_reference_checkpoint
-from cyclekd.integrations.tokenpose.targets import Target
-from cyclekd.integrations.tokenpose.transformer import sine_positions
+from cyclekd.integrations.tokenpose.losses.supervised import HeatmapLoss
+from cyclekd.integrations.tokenpose.losses.targets import Target
+from cyclekd.integrations.tokenpose.models.create import create_model
+from cyclekd.integrations.tokenpose.models.tokenpose import token_groups
+from cyclekd.integrations.tokenpose.models.transformer import sine_positions
+from cyclekd.integrations.tokenpose.weights.layouts import parse_checkpoint
+from cyclekd.integrations.tokenpose.weights.reference import load_reference_checkpoint
 from golden import golden, golden_json
 
 HEATMAPS = {"rtol": 0, "atol": 1e-5}  # tolerances of the reference files, in fp32

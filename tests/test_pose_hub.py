@@ -22,11 +22,11 @@ from torch import nn
 
 from cyclekd import CycleOutput, set_cycles, unwrap_multicycle, wrap_multicycle
 from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.tokenpose import hub as pose_hub
-from cyclekd.integrations.tokenpose.create import create_model
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.hub import from_pretrained, push_to_hub, save_pretrained
-from cyclekd.integrations.tokenpose.model import set_keep_rate
+from cyclekd.integrations.tokenpose.models.create import create_model
+from cyclekd.integrations.tokenpose.models.tokenpose import set_keep_rate
+from cyclekd.integrations.tokenpose.weights import hub as pose_hub
+from cyclekd.integrations.tokenpose.weights.hub import from_pretrained, push_to_hub, save_pretrained
 
 COMMIT = "0" * 40
 TINY: dict[str, Any] = {"input_size": (64, 48), "depth": 2, "dim": 8, "heads": 2}

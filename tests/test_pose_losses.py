@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from cyclekd import CycleLoss, CycleOutput, run_cycles, wrap_multicycle
-from cyclekd.integrations.tokenpose.create import create_model
-from cyclekd.integrations.tokenpose.distilpose import (
+from cyclekd.integrations.tokenpose.errors import PoseError
+from cyclekd.integrations.tokenpose.losses.distilpose import (
     DistilPoseLoss,
     ScoreLoss,
     SimulatedHeatmapLoss,
     simulated_heatmaps,
 )
-from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.losses import CoordinateLoss, HeatmapLoss, RLELoss
-from cyclekd.integrations.tokenpose.targets import Target
+from cyclekd.integrations.tokenpose.losses.supervised import CoordinateLoss, HeatmapLoss, RLELoss
+from cyclekd.integrations.tokenpose.losses.targets import Target
+from cyclekd.integrations.tokenpose.models.create import create_model
 from golden import golden, golden_json
 from test_pose_flow import fill, plain_log_prob
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from benchmarks.pose.plain import Cycle, PlainPose
 from cyclekd import CycleLoss, find_stacks, run_cycles, unwrap_multicycle, wrap_multicycle
-from cyclekd.integrations.tokenpose import model as pose_model
-from cyclekd.integrations.tokenpose.config import PRESETS, tokens_kept
-from cyclekd.integrations.tokenpose.create import create_model, list_models
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.model import annealed_keep_rate, set_keep_rate, token_groups
-from cyclekd.integrations.tokenpose.transformer import Block
+from cyclekd.integrations.tokenpose.models import tokenpose as pose_model
+from cyclekd.integrations.tokenpose.models.config import PRESETS, tokens_kept
+from cyclekd.integrations.tokenpose.models.create import create_model, list_models
+from cyclekd.integrations.tokenpose.models.tokenpose import annealed_keep_rate, set_keep_rate, token_groups
+from cyclekd.integrations.tokenpose.models.transformer import Block
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 SMALL = (64, 48)  # a grid of 4 x 4 tokens with patches of 4 x 3

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from cyclekd.integrations.tokenpose.data.people import People, Skipped, find_split, read_image, read_people
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.people import People, Skipped, find_split, read_image, read_people
 from cyclekd.integrations.tokenpose.skeletons import COCO, CROWDPOSE
 from golden import FOLDER
 

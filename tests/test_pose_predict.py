@@ -22,16 +22,16 @@ from cyclekd.integrations.tokenpose import (
     decode_heatmaps,
     save_pretrained,
 )
-from cyclekd.integrations.tokenpose.config import config_for
-from cyclekd.integrations.tokenpose.decoding import decode_regression, decode_token_regression, to_image
-from cyclekd.integrations.tokenpose.detection import Boxes, HFDetector, read_boxes
-from cyclekd.integrations.tokenpose.flips import average_flipped, predict_flipped_regression
-from cyclekd.integrations.tokenpose.geometry import center_and_scale, crop_matrices
-from cyclekd.integrations.tokenpose.photos import load_image
-from cyclekd.integrations.tokenpose.predict import PosePredictor, Poses, coco_results
-from cyclekd.integrations.tokenpose.scoring import rescore
-from cyclekd.integrations.tokenpose.video import Video, write_video
-from cyclekd.integrations.tokenpose.warp import normalize, warp_exact
+from cyclekd.integrations.tokenpose.data.warp import normalize, warp_exact
+from cyclekd.integrations.tokenpose.evaluation.scoring import rescore
+from cyclekd.integrations.tokenpose.keypoints.decoding import decode_regression, decode_token_regression, to_image
+from cyclekd.integrations.tokenpose.keypoints.flips import average_flipped, predict_flipped_regression
+from cyclekd.integrations.tokenpose.keypoints.geometry import center_and_scale, crop_matrices
+from cyclekd.integrations.tokenpose.models.config import config_for
+from cyclekd.integrations.tokenpose.prediction.detection import Boxes, HFDetector, read_boxes
+from cyclekd.integrations.tokenpose.prediction.photos import load_image
+from cyclekd.integrations.tokenpose.prediction.predictor import PosePredictor, Poses, coco_results
+from cyclekd.integrations.tokenpose.prediction.video import Video, write_video
 
 ROOT = Path(__file__).parents[1]
 SIZE = {"input_size": (64, 48), "num_keypoints": 17}

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cyclekd import run_cycles
-from cyclekd.integrations.tokenpose.create import create_model
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.flow import RealNVP
-from cyclekd.integrations.tokenpose.reference import (
+from cyclekd.integrations.tokenpose.losses.flow import RealNVP
+from cyclekd.integrations.tokenpose.models.create import create_model
+from cyclekd.integrations.tokenpose.weights.reference import (
     LoadReport,
     load_reference_checkpoint,
     load_reference_flow,

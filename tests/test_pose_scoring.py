@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.scoring import oks, oks_nms, pck, rescore, rescore_rle, soft_oks_nms
+from cyclekd.integrations.tokenpose.evaluation.scoring import oks, oks_nms, pck, rescore, rescore_rle, soft_oks_nms
+from cyclekd.integrations.tokenpose.losses.targets import Target
 from cyclekd.integrations.tokenpose.skeletons import COCO, CROWDPOSE
-from cyclekd.integrations.tokenpose.targets import Target
 from golden import golden, golden_json
 
 SIGMAS = COCO.sigmas

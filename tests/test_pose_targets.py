@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.losses import CoordinateLoss, HeatmapLoss, RLELoss
-from cyclekd.integrations.tokenpose.targets import Target, coordinate_target, heatmap_target
+from cyclekd.integrations.tokenpose.losses.supervised import CoordinateLoss, HeatmapLoss, RLELoss
+from cyclekd.integrations.tokenpose.losses.targets import Target, coordinate_target, heatmap_target
 from golden import golden
 
 SIZES = {"input_size": (256, 192), "heatmap_size": (64, 48)}

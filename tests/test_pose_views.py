@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.geometry import crop_matrices, crop_matrices_aligned, transform_points
-from cyclekd.integrations.tokenpose.skeletons import COCO, CROWDPOSE, Skeleton
-from cyclekd.integrations.tokenpose.views import (
+from cyclekd.integrations.tokenpose.data.views import (
     View,
     ViewSettings,
     plain_view,
@@ -23,7 +20,10 @@ from cyclekd.integrations.tokenpose.views import (
     view_keypoints,
     view_matrices,
 )
-from cyclekd.integrations.tokenpose.warp import warp_exact
+from cyclekd.integrations.tokenpose.data.warp import warp_exact
+from cyclekd.integrations.tokenpose.errors import PoseError
+from cyclekd.integrations.tokenpose.keypoints.geometry import crop_matrices, crop_matrices_aligned, transform_points
+from cyclekd.integrations.tokenpose.skeletons import COCO, CROWDPOSE, Skeleton
 
 SIZE, WIDTH = (256, 192), 640
 CENTER, SCALE = torch.tensor([310.5, 205.0]).double(), torch.tensor([0.9, 1.2]).double()

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from cyclekd.integrations.tokenpose.data.views import ViewSettings, sample_view, stack_views, view_matrices
+from cyclekd.integrations.tokenpose.data.warp import normalize, warp_batch, warp_exact
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.geometry import crop_matrices, transform_points
+from cyclekd.integrations.tokenpose.keypoints.geometry import crop_matrices, transform_points
 from cyclekd.integrations.tokenpose.skeletons import COCO
-from cyclekd.integrations.tokenpose.views import ViewSettings, sample_view, stack_views, view_matrices
-from cyclekd.integrations.tokenpose.warp import normalize, warp_batch, warp_exact
 from golden import golden
 
 MATRIX = np.array([[0.61, 0.35, -1.3], [-0.35, 0.61, 2.9]])

@@ -2,8 +2,9 @@
 
     python tests/training_worker.py JOBS.json
 
-A job is {"arguments": [...], "processes": n, "blow": {...} or null}; printed is one JSON list of exit codes per job. A
-blow falls on every process at once: SIGKILL or another signal at a given place, or a limit to the size of files.
+A job is {"arguments": [...], "command": "deit" or "tokenpose", "processes": n, "blow": {...} or null}; printed is one
+JSON list of exit codes per job. A blow falls on every process at once: SIGKILL or another signal at a given place, or a
+limit to the size of files.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from typing import Any
 
 import torch
 
-from cyclekd.integrations.deit import train
+from cyclekd.integrations.deit import train as deit
 from cyclekd.integrations.deit.task import Classification
 from cyclekd.integrations.runs.training import Training
+from cyclekd.integrations.tokenpose.training import train as tokenpose
+
+COMMANDS = {"deit": deit.main, "tokenpose": tokenpose.main}
 
 
 def main() -> None:
@@ -30,10 +34,12 @@ def main() -> None:
         print(json.dumps(run(**job)), flush=True)
 
 
-def run(arguments: list[str], processes: int = 1, blow: dict[str, Any] | None = None) -> list[int]:
+def run(
+    arguments: list[str], command: str = "deit", processes: int = 1, blow: dict[str, Any] | None = None
+) -> list[int]:
     """Exit codes by rank; when one process was killed, the others are too, as when a machine goes down."""
     port = free_port()
-    ranks = {start(rank, processes, port, arguments, blow): rank for rank in range(processes)}
+    ranks = {start(rank, processes, port, command, arguments, blow): rank for rank in range(processes)}
     codes = [0] * processes
     for _ in range(processes):
         process, status = os.wait()
@@ -45,7 +51,7 @@ def run(arguments: list[str], processes: int = 1, blow: dict[str, Any] | None = 
     return codes
 
 
-def start(rank: int, processes: int, port: int, arguments: list[str], blow: dict[str, Any] | None) -> int:
+def start(rank: int, processes: int, port: int, command: str, arguments: list[str], blow: dict[str, Any] | None) -> int:
     process = os.fork()
     if process:
         return process
@@ -57,7 +63,7 @@ def start(rank: int, processes: int, port: int, arguments: list[str], blow: dict
     if blow:
         PLACES[blow["place"]](**{name: value for name, value in blow.items() if name != "place"})
     try:
-        code = train.main("a training under test", [*arguments, "--cpu"])
+        code = COMMANDS[command]("a training under test", [*arguments, "--cpu"])
     except BaseException:
         import traceback
 

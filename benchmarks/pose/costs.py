@@ -30,11 +30,11 @@ from benchmarks.records import RESULTS, free_path, print_rows, write_rows
 from benchmarks.settings import add_device_arguments, autocast, mode, provenance, use_device
 from benchmarks.speed.timing import paired_ratio, time_in_turns
 from cyclekd import CycleLoss, CycleOutput, run_cycles
-from cyclekd.integrations.tokenpose.config import PRESETS, TokenPoseConfig
-from cyclekd.integrations.tokenpose.create import create_model
-from cyclekd.integrations.tokenpose.losses import HeatmapLoss
-from cyclekd.integrations.tokenpose.model import token_groups
-from cyclekd.integrations.tokenpose.targets import Target
+from cyclekd.integrations.tokenpose.losses.supervised import HeatmapLoss
+from cyclekd.integrations.tokenpose.losses.targets import Target
+from cyclekd.integrations.tokenpose.models.config import PRESETS, TokenPoseConfig
+from cyclekd.integrations.tokenpose.models.create import create_model
+from cyclekd.integrations.tokenpose.models.tokenpose import token_groups
 
 PAPER = {  # Tables 1, 2, 3 and 8 of SDPose (CVPR 2024): million parameters, "GFLOPs"
     "tokenpose_s_v1": (6.6, 2.4),

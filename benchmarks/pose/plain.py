@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cyclekd.integrations.tokenpose.model import TokenPose
+from cyclekd.integrations.tokenpose.models.tokenpose import TokenPose
 
 
 class Cycle(NamedTuple):

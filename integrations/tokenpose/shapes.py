@@ -1,4 +1,4 @@
-"""What the functions on key points share: the check of a tensor's axes, and the precision that they compute in.
+"""What the parts share: sizes, the check of a tensor's axes, and the precision to compute in.
 
 Axes are checked, values never: reading a value would make a GPU wait.
 """
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from cyclekd.integrations.tokenpose.errors import PoseError
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 def check_shape(what: str, tensor: Tensor, *axes: str | int, hint: str = "") -> None:

@@ -1,0 +1,1 @@
+"""Drawn figures with exact key points, for a training without a download."""

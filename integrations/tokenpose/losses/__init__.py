@@ -1,0 +1,1 @@
+"""What pose networks learn from: targets, and the losses on them."""

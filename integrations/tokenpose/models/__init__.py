@@ -1,0 +1,1 @@
+"""The networks, by name: TokenPose, SDPose and PPT, and two convolutional models to compare with."""

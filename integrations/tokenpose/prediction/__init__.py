@@ -1,0 +1,1 @@
+"""Key points of your own images and videos."""

@@ -1,0 +1,1 @@
+"""Weights as files: published checkpoints, ours, and from one to the other."""
