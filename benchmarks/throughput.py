@@ -40,6 +40,7 @@ from benchmarks.speed.feeds import OurLoader, TimmLoader, make_jpegs, resident_b
 from benchmarks.speed.loops import LOOPS, OurLoop, TimmLoop, bytes_held, make_loop
 from benchmarks.speed.timing import Peak, paired_ratio, shuffled_rounds, timed
 
+MODES = ("eager", "compiled")
 Loops = dict[tuple[str, str], TimmLoop | OurLoop]
 """By name, and eager or compiled."""
 Name = tuple[str, str, str]
@@ -83,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, help="per variant and round; 20 on a GPU, 2 on the CPU")
     add("--data-rounds", type=int, default=2, help="with data loading; 0 leaves it out")
     add("--workers", type=int, default=cores(), help="of each loader; as many as there are cores")
-    add("--compile", action=argparse.BooleanOptionalAction, help="compiled rows too; where there is a GPU unless told")
+    add("--modes", nargs="+", choices=MODES, help="rows of these; both on a GPU, eager alone on the CPU")
     add("--photos", type=Path, help="folder of .jpg files from which the JPEG files are cut")
     add("--files", type=int, default=512, help="JPEG files to make")
     add("--minutes", type=float, default=60, help="no new round where it would end later; one of each is always done")
@@ -94,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is there")
     args.batch, args.steps = args.batch or (256 if on_gpu else 8), args.steps or (20 if on_gpu else 2)
-    args.compile = on_gpu if args.compile is None else args.compile
+    args.modes = args.modes or (MODES if on_gpu else ("eager",))
     if args.batch < 2 or args.batch % 2:
         parser.error(f"--batch {args.batch}: mixup pairs images, so an even number is needed")
     if args.cycles < 2 or min(args.rounds, args.steps, args.files) < 1 or min(args.data_rounds, args.workers) < 0:
@@ -120,7 +121,7 @@ def cores() -> int:
 def make_loops(args: argparse.Namespace) -> tuple[Loops, dict[Name, float]]:
     """Every loop after three steps, and how long the first step took: of compiled ones, the compilation."""
     loops, first_steps = {}, {}
-    names = list(product(LOOPS, ["eager", "compiled"] if args.compile else ["eager"]))
+    names = list(product(LOOPS, args.modes))
     for name, mode in tqdm(names, desc="first steps"):
         loop = loops[name, mode] = make_loop(name, mode == "compiled", args)
         batches = resident(loop, 3, args)
@@ -137,13 +138,19 @@ def time_resident(
     peaks: dict[Name, float] = {}
     for order in shuffled_rounds(list(loops), args.rounds, end, args.seed, "without data loading"):
         for name in order:
-            loop, memory = loops[name], Peak()
-            batches = resident(loop, 2 + args.steps, args)
-            timed(loop.step, islice(batches, 2))
-            seconds[(*name, "resident")].append(timed(loop.step, batches) / args.steps)
+            step, peak = time_loop(loops[name], args)
+            seconds[(*name, "resident")].append(step)
             if args.device.startswith("cuda"):
-                peaks[(*name, "resident")] = (memory.grown() + bytes_held(loop)) / 2**20
+                peaks[(*name, "resident")] = peak / 2**20
     return seconds, peaks
+
+
+def time_loop(loop: TimmLoop | OurLoop, args: argparse.Namespace) -> tuple[float, int]:
+    """Seconds per step, and the most bytes at once; no batch of another loop is alive here."""
+    memory = Peak()
+    batches = resident(loop, 2 + args.steps, args)
+    timed(loop.step, islice(batches, 2))
+    return timed(loop.step, batches) / args.steps, memory.grown() + bytes_held(loop)
 
 
 def time_with_jpegs(loops: Loops, paths: list[Path], end: float, args: argparse.Namespace) -> dict[Name, list[float]]:

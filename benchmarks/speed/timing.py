@@ -88,5 +88,5 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
 
     def grown(self) -> int:
-        """Bytes."""
-        return torch.cuda.max_memory_allocated() - self.before
+        """Bytes; 0 without a GPU."""
+        return torch.cuda.max_memory_allocated() - self.before if torch.cuda.is_available() else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -16,7 +17,7 @@ from cyclekd import CycleLoss, run_cycles
 from cyclekd.integrations.deit.distillation import Teacher
 from cyclekd.integrations.runs.loading import Batch, load_batches, on_device
 from cyclekd.integrations.runs.sampling import EvaluationBatches
-from cyclekd.integrations.runs.seeds import derive_seed, seeded
+from cyclekd.integrations.runs.seeds import derive_seed
 
 
 class Classification:
@@ -53,8 +54,10 @@ class Classification:
         """Every term of the objective by name, see `cyclekd.LossParts.logs`; `loss` carries the gradient."""
         images, target = self.augment(batch), batch["label"]
         if self.mixup is not None:
-            with seeded(derive_seed(self.seed, "mixup", step)):
-                images, target = self.mixup(images, target)
+            np.random.seed(
+                derive_seed(self.seed, "mixup", step) % 2**32
+            )  # which timm draws from: alike on all processes
+            images, target = self.mixup(images, target)
         images = images.to(memory_format=self.memory_format)
         if self.teacher is not None:
             with self.accelerator.autocast():

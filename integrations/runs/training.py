@@ -136,6 +136,7 @@ class Training:
         bar = Progress(self.order.steps, step, self.order.steps_per_epoch, enabled=main)
         self._since, self._samples = time.perf_counter(), 0
         stop = False
+        self.model.train()
         with Stopping(self.rhythm.minutes) as stopping:
             if self._evaluation_is_due(step):  # it was stopped before that
                 self._evaluate_epoch(step, bar)
@@ -166,8 +167,10 @@ class Training:
         )
 
     def optimizer_step(self, step: int, batches: Iterator[Batch]) -> None:
-        """Forward and backward over this process' part of the global batch, and one update of the weights."""
-        self.model.train()
+        """Forward and backward over this process' part of the global batch, and one update of the weights.
+
+        The model is in training mode: setting it takes a millisecond, in which a GPU may wait.
+        """
         for part, batch in enumerate(batches):
             seed_all(derive_seed(self.seed, "step", step, part, self.accelerator.process_index))
             self._notice_skipped(batch)
@@ -302,6 +305,7 @@ class Training:
         self._refuse_weights_of_no_number(step)
         self._tell_skipped(step)
         self.metrics = {"epoch": step // self.order.steps_per_epoch, **self._evaluate()}
+        self.model.train()
         if self.metrics[self.deciding] > self.best.get(self.deciding, -math.inf):
             self.best = self.metrics
             self._save_best()
