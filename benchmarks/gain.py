@@ -5,6 +5,13 @@
     python benchmarks/gain.py my_task.py --seeds 5                # your model and data: benchmarks/experiment/tasks.py
     python benchmarks/gain.py cifar100 --data FOLDER --seeds 4 --alpha 1e-3 1e-2 --supervise-only --minutes 9
     python benchmarks/gain.py pack FOLDER OUT                     # CIFAR-100 for a machine without `datasets`
+    python benchmarks/gain.py pose --data FOLDER --seeds 3 --compile           # people in COCO's layout, on a GPU
+    python benchmarks/gain.py pose --data FOLDER --model tokenpose_t_6 --cycles 3 --input-size 256 192
+
+Pose is a plain model of cyclekd.integrations.tokenpose, with Adam, the paper's random views drawn on the device and its
+alpha of 5e-6 for keypoint and visual tokens. FOLDER has annotations/person_keypoints_{train,val}.json beside train/ and
+val/, with or without 2017, or CrowdPose's layout; decoded it has to fit into the device's memory. The metric is PCK@0.1
+on val: percent of the labelled key points that are found within a tenth of the padded ground-truth box.
 
 All runs of a seed start from the same weights and see the same batches in the same order; only so are their
 differences worth an interval. A call that runs out of --minutes, or is stopped with Ctrl-C, leaves checkpoints: the
@@ -30,7 +37,7 @@ if not __package__:  # run as a script: the folder in which `benchmarks` lies is
 from benchmarks.experiment.figure import draw
 from benchmarks.experiment.results import EQUAL, PLAIN, Results, accuracy_table, cost_table, print_table
 from benchmarks.experiment.runs import Advance, Arm, Job, Plan, Settings, checkpoint_files, epochs_done
-from benchmarks.experiment.tasks import Task, load_task
+from benchmarks.experiment.tasks import Recipe, Task, load_task
 from benchmarks.experiment.workers import jobs_for, run_all
 from benchmarks.records import RESULTS
 from cyclekd import CycleError, wrap_multicycle
@@ -69,20 +76,21 @@ def told(command: Callable[[], int]) -> int:
 
 def experiment() -> int:
     args = parse_arguments()
-    task = load_task(args.task, images=args.images)
+    cache = cache_of(args)
+    task = load_task(args.task, cache, args.images, args.model)
     settings = settings_of(args, task)
     check_cycling(task, settings)
     results = Results(args.results / f"gain-{name_of(settings)}-torch{torch.__version__}.csv", settings)
     work = args.work / f"{results.path.stem.removeprefix('gain-')}-{digest(settings)}"
     jobs = args.jobs or jobs_for(settings.device)
-    plan = Plan(settings, args.task, cache_of(args), work, args.threads)
-    todo = [job for job in jobs_of(args) if not results.holds(job)]
+    plan = Plan(settings, args.task, cache, work, args.threads)
+    todo = [job for job in jobs_of(args, task.recipe) if not results.holds(job)]
     with Stopping(args.minutes) as stopping, progress(plan, todo, jobs) as advance:
         for job, measured in run_all(plan, todo, jobs, stopping, advance):
             results.append(job, measured, min(jobs, len(todo)))
             for file in checkpoint_files(work, job):
                 file.unlink()
-    report(results, task, settings)
+    report(results, settings)
     if left := sum(not results.holds(job) for job in todo):
         print(f"\n{left} of {len(todo)} runs are not over ({stopping.why}); the same command goes on with them.")
     return stopping.exit_code
@@ -91,13 +99,13 @@ def experiment() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("task", help="digits, cifar100, or a Python file with build_model and load_data")
+    add("task", help="digits, cifar100, pose, or a Python file with build_model and load_data")
     add("--seeds", type=int, default=8, help="paired seeds, from 0 up; 1 gives no interval (default: 8)")
     add("--epochs", type=int, help="of every run but equal compute; default: the task's")
     add("--cycles", type=int, default=2, help="N: times the blocks run in a training step, and its cost (default: 2)")
     add("--stack", help="path of the blocks to cycle, where cyclekd does not find them by itself")
-    add("--rho", type=float, nargs="*", default=[0.3], help="self-distilled arms by scale-free weight (default: 0.3)")
-    add("--alpha", type=float, nargs="*", default=[], help="self-distilled arms by fixed weight of the token term")
+    add("--rho", type=float, nargs="*", help="self-distilled arms by scale-free weight (default: 0.3; pose: none)")
+    add("--alpha", type=float, nargs="*", help="and by fixed weight of the token term (default: none; pose: 5e-6)")
     add("--supervise-only", action="store_true", help="an arm with every cycle supervised and no token term")
     add("--learning-rate", type=float, help="AdamW's peak; default: the task's, as for the next two")
     add("--weight-decay", type=float)
@@ -108,8 +116,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=float, help="stop after that long, at the end of an epoch; the same call goes on later")
     add("--jobs", type=count_or_auto, help="trainings at once; auto, the default: up to 6 on CUDA, 1 on the CPU")
     add("--threads", type=int, default=1, help="CPU threads per training (default: 1)")
-    add("--data", type=Path, help="cifar100: folder of parquet files, or one made by `gain.py pack`")
-    add("--images", type=int, help="built-in tasks: train on that many images, for a first look")
+    add("--data", type=Path, help="cifar100: folder of parquet files, or one made by `gain.py pack`; pose: see above")
+    add("--model", help="pose: the plain model, which --cycles wraps (default: tokenpose_s_v1)")
+    add("--input-size", type=int, nargs=2, metavar=("H", "W"), help="pose: of the network, in pixels (default: 128 96)")
+    add("--images", type=int, help="built-in tasks: train on that many images (pose: people), for a first look")
     add("--results", type=Path, default=RESULTS, help="folder of the CSV file and the figure")
     add("--work", type=Path, default=Path("runs/gain"), help="folder of checkpoints and decoded images")
     args = parser.parse_args()
@@ -123,8 +133,13 @@ def parse_arguments() -> argparse.Namespace:
                 parser.error(f"argument --{option}: needs a finite number of at least {smallest}, got {value}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: no CUDA device is there")
-    if args.task == "cifar100" and args.data is None:
-        parser.error("argument --data: cifar100 needs the folder with its images")
+    if args.task in ("cifar100", "pose") and args.data is None:
+        parser.error(f"argument --data: {args.task} needs the folder with its images")
+    if args.task == "pose":
+        args.model, args.input_size = args.model or "tokenpose_s_v1", tuple(args.input_size or (128, 96))
+        args.stack = args.stack or "blocks"  # not its stem's, of which a small model has more
+    elif args.model or args.input_size:
+        parser.error("arguments --model, --input-size: are pose's; other tasks have a model of their own")
     return args
 
 
@@ -157,13 +172,20 @@ def settings_of(args: argparse.Namespace, task: Task) -> Settings:
         precision=args.precision or ("bf16" if args.device == "cuda" else "fp32"),
         compiled=args.compile,
         device=args.device,
+        model=args.model,
+        input_size="x".join(map(str, args.input_size)) if args.input_size else None,
     )
 
 
 def name_of(settings: Settings) -> str:
-    parts = [settings.task, f"n{settings.cycles}", f"{settings.epochs}epochs"]
+    parts = [*subject(settings), f"n{settings.cycles}", f"{settings.epochs}epochs"]
     parts += [f"{settings.images}images"] * (settings.images is not None)
     return "-".join([*parts, settings.device, settings.precision, *(["compiled"] * settings.compiled)])
+
+
+def subject(settings: Settings) -> list[str]:
+    """Task, and where it has several, model and input size."""
+    return [part for part in (settings.task, settings.model, settings.input_size) if part is not None]
 
 
 def digest(settings: Settings) -> str:
@@ -177,25 +199,34 @@ def check_cycling(task: Task, settings: Settings) -> None:
 
 
 def cache_of(args: argparse.Namespace) -> Path | None:
-    if args.task != "cifar100":
-        return None
-    from benchmarks.experiment.cifar import decoded  # not above: torchvision, which other tasks can do without
+    """The decoded images of a task that needs them."""
+    folder = args.work / "cache"
+    if args.task == "cifar100":
+        from benchmarks.experiment import cifar  # not above: torchvision, which other tasks can do without
 
-    return decoded(args.data, args.work / "cache", args.images)
+        return cifar.decoded(args.data, folder, args.images)
+    if args.task == "pose":
+        from benchmarks.experiment import pose  # not above, likewise: einops
+
+        pose.config_of(args.model, args.input_size)  # refuses a model before thousands of images are decoded
+        return pose.decoded(args.data, folder, args.input_size, args.images)
+    return None
 
 
-def jobs_of(args: argparse.Namespace) -> list[Job]:
+def jobs_of(args: argparse.Namespace, recipe: Recipe) -> list[Job]:
     """Seed after seed, so that what a short call finishes can be compared."""
-    return [Job(arm, seed) for seed in range(args.seeds) for arm in arms_of(args)]
+    return [Job(arm, seed) for seed in range(args.seeds) for arm in arms_of(args, recipe)]
 
 
-def arms_of(args: argparse.Namespace) -> list[Arm]:
+def arms_of(args: argparse.Namespace, recipe: Recipe) -> list[Arm]:
     """Each once; a weight of 0 is the arm without a token term."""
+    rhos = recipe.rho if args.rho is None else args.rho
+    alphas = recipe.alpha if args.alpha is None else args.alpha
     arms = [Arm(PLAIN), Arm(EQUAL, longer=args.cycles)]
-    if args.supervise_only or 0 in [*args.rho, *args.alpha]:
+    if args.supervise_only or 0 in [*rhos, *alphas]:
         arms.append(Arm("supervised only", args.cycles, alpha=0.0))
-    arms += [Arm(f"self-distilled rho {rho:g}", args.cycles, rho=rho) for rho in args.rho if rho > 0]
-    arms += [Arm(f"self-distilled alpha {alpha:g}", args.cycles, alpha=alpha) for alpha in args.alpha if alpha > 0]
+    arms += [Arm(f"self-distilled rho {rho:g}", args.cycles, rho=rho) for rho in rhos if rho > 0]
+    arms += [Arm(f"self-distilled alpha {alpha:g}", args.cycles, alpha=alpha) for alpha in alphas if alpha > 0]
     return list(dict.fromkeys(arms))
 
 
@@ -220,13 +251,13 @@ def progress(plan: Plan, todo: list[Job], jobs: int) -> Iterator[Advance]:
         yield advance
 
 
-def report(results: Results, task: Task, settings: Settings) -> None:
+def report(results: Results, settings: Settings) -> None:
     rows = results.rows()
     if not rows:
         return
     metric = rows[0].metric
     figure = results.path.with_suffix(".png")
-    draw(figure, rows, f"{task.name}, {settings.cycles} cycles, {settings.epochs} epochs", metric)
+    draw(figure, rows, f"{', '.join(subject(settings))}, {settings.cycles} cycles, {settings.epochs} epochs", metric)
     print(LEGEND.format(metric=metric[0].upper() + metric[1:], cycles=settings.cycles))
     print_table(accuracy_table(rows))
     print()

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,21 @@ import torch
 from scipy import stats
 
 from benchmarks import gain
-from benchmarks.experiment import cifar, runs, workers
+from benchmarks.experiment import cifar, pose, runs, views, workers
 from benchmarks.experiment.statistics import paired_difference, retention, t_interval
 from benchmarks.records import read_rows
+from cyclekd import wrap_multicycle
+from cyclekd.integrations.tokenpose.data.views import (
+    View,
+    ViewSettings,
+    sample_view,
+    stack_views,
+    view_keypoints,
+    view_matrices,
+)
+from cyclekd.integrations.tokenpose.figures.draw import write_figures
+from cyclekd.integrations.tokenpose.keypoints.geometry import center_and_scale
+from cyclekd.integrations.tokenpose.skeletons import COCO
 
 SELF = "self-distilled"
 
@@ -235,6 +248,13 @@ def test_the_digits_of_the_quickstart_need_no_arguments(command, tmp_path, no_fi
         (["cifar100", "--data", "."], "train*.parquet"),
         (["incomplete.py"], "has a function load_data"),
         (["digits", "--stack", "layers"], "layers"),
+        (["pose"], "--data"),
+        (["pose", "--data", "nowhere"], "nowhere has no train split"),
+        (["pose", "--data", ".", "--model", "tokenpose"], "--model tokenpose: not a plain model"),
+        (["pose", "--data", ".", "--model", "sdpose_s_v1"], "there are tokenpose_s_v1"),
+        (["pose", "--data", ".", "--model", "tokenreg_s"], "and heat maps"),
+        (["pose", "--data", ".", "--input-size", "100", "75"], "input_size=(100, 75)"),
+        (["digits", "--model", "tokenpose_s_v1"], "--model"),
     ],
 )
 def test_bad_arguments_are_refused_with_a_message(command, monkeypatch, tmp_path, capsys, arguments, told):
@@ -367,3 +387,151 @@ def test_the_model_of_cifar_is_deit_tiny_with_four_blocks():
     model = cifar.build_model(0)
     assert len(model.blocks) == 4 and model.embed_dim == 192 and model.pos_embed.shape == (1, 65, 192)
     assert runs.Arm("x", cycles=3).passes == runs.Arm("y", longer=3).passes == 3
+
+
+# -- pose --------------------------------------------------------------------------------------------------------------
+
+SIZE = (64, 48)  # the smallest that two patches of the model fit into
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """A dozen synthetic images, up to three figures in each."""
+    return write_figures(tmp_path_factory.mktemp("data") / "figures", train=8, val=4, seed=0, size=(120, 160))
+
+
+@pytest.fixture(scope="module")
+def people(figures, tmp_path_factory):
+    return pose.decoded(figures, tmp_path_factory.mktemp("cache"), SIZE)
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """TokenPose-S of two blocks."""
+    preset = replace(pose.PRESETS["tokenpose_s_v1"], depth=2, dim=48, heads=2)
+    monkeypatch.setitem(pose.PRESETS, "tokenpose_s_v1", preset)
+
+
+@pytest.fixture
+def task_of_figures(people, shallow):
+    return pose.pose_task("tokenpose_s_v1", people)
+
+
+@pytest.fixture
+def data(task_of_figures):
+    return task_of_figures.load_data(0, torch.device("cpu"))
+
+
+def test_pose_trains_in_every_arm_and_names_model_and_size(command, figures, shallow, tmp_path, no_figure):
+    size = ["--input-size", *SIZE]
+    assert command("pose", "--data", figures, *size, "--seeds", 1, "--epochs", 2, "--learning-rate", 1e-2) == 0
+    (path,) = (tmp_path / "results").glob("*.csv")
+    assert path.name == f"gain-pose-figures-tokenpose_s_v1-64x48-n2-2epochs-cpu-fp32-torch{torch.__version__}.csv"
+    rows = read_rows(path)
+    assert [row["arm"] for row in rows] == ["plain", "equal compute", f"{SELF} alpha 5e-06"]
+    assert {(row["task"], row["model"], row["input size"], row["stack"]) for row in rows} == {
+        ("pose-figures", "tokenpose_s_v1", "64x48", "blocks")
+    }
+    assert {row["weight decay"] for row in rows} == {"0.0"} and all(row["source"] for row in rows)
+    assert all(0 <= float(row["one pass"]) <= 100 for row in rows)
+    assert [int(row["steps"]) for row in rows] == [2, 4, 2]
+
+
+def test_batches_of_people_follow_from_seed_and_epoch(task_of_figures, data):
+    torch.manual_seed(1)  # what the model draws does not matter
+    again, other = (task_of_figures.load_data(seed, torch.device("cpu")) for seed in (0, 1))
+    images, target = next(data.batches(3))
+    found_images, found_target = next(again.batches(3))
+    assert torch.equal(images, found_images) and all(map(torch.equal, target, found_target))
+    assert images.shape[1:] == (3, *SIZE) and target.values.shape[1:] == (17, 16, 12)
+    for another in (next(data.batches(4)), next(other.batches(3))):
+        assert not torch.equal(images, another[0])
+
+
+def test_few_people_at_a_time_see_the_views_of_many(data, task_of_figures, monkeypatch):
+    monkeypatch.setattr(pose, "BATCH", 4)
+    many = list(task_of_figures.load_data(0, torch.device("cpu")).batches(0))
+    monkeypatch.setattr(pose, "AT_ONCE", 1)
+    few = list(task_of_figures.load_data(0, torch.device("cpu")).batches(0))
+    assert len(many) == len(few) > 1 and all(len(images) == 4 for images, _ in few)
+    for (images, target), (found_images, found_target) in zip(many, few, strict=True):
+        assert torch.equal(images, found_images) and torch.equal(target.values, found_target.values)
+
+
+def test_views_of_all_people_at_once_are_those_of_one_after_the_other():
+    draw, settings = torch.Generator().manual_seed(0), ViewSettings(half_body=0.8, half_body_keypoints=6)
+    keypoints = torch.rand(200, 17, 3, generator=draw) * 90
+    keypoints[..., 2] = torch.rand(200, 17, generator=draw) < torch.rand(200, 1, generator=draw)  # from none to all
+    keypoints[:10, :, :2] = 5.0  # all at one spot
+    center, scale = center_and_scale(torch.rand(200, 4, generator=draw) * 50 + 20, SIZE)
+    uniform, normal, single = [], [], []
+    for row in range(200):
+        generator = torch.Generator().manual_seed(row)
+        single.append(sample_view(center[row], scale[row], keypoints[row], COCO, settings, generator))
+        generator.manual_seed(row)
+        uniform.append(torch.rand(6, generator=generator, dtype=torch.float64))
+        normal.append(torch.randn(3, generator=generator, dtype=torch.float64))
+    halves = views.half_bodies(keypoints, COCO, settings, SIZE[1] / SIZE[0])
+    assert 20 < halves.there.sum() < 380  # both cases are seen
+    found = views.random_views(center, scale, halves, settings, torch.stack(uniform), torch.stack(normal))
+    for name, expected in stack_views(single)._asdict().items():
+        torch.testing.assert_close(getattr(found, name).to(expected), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_crops_and_heat_maps_meet_where_the_key_points_are(figures, people, data):
+    """Of large photographs, cut first, and of small ones, kept whole: the same pixels."""
+    small = pose.decoded(figures, people.parent, (96, 72))  # 160 pixels are less than twice 96
+    cut, whole = pose.on_device(people, torch.device("cpu")), pose.on_device(small, torch.device("cpu"))
+    assert cut[0].images.shape[-1] < whole[0].images.shape[-1] == 160
+    everybody = torch.arange(len(cut[1].images))
+    matrices = torch.tensor([[0.4, 0.0, -10.0], [0.0, 0.4, -5.0]]).expand(len(everybody), 2, 3)
+    crops, expected = (split.crops(everybody, matrices, SIZE) for split in (cut[1], whole[1]))
+    assert (crops - expected).abs().mean() < 0.35  # one is scaled down first, and black far from the person
+
+
+def test_pck_is_the_share_of_labelled_key_points_within_a_tenth_of_the_box(task_of_figures, people):
+    test, config = pose.on_device(people, torch.device("cpu"))[1], task_of_figures.load_data.keywords["config"]
+    keypoints = test.keypoints.clone()
+    keypoints[:, ::3, 2] = 0  # not labelled, though they are where they are
+    box = 200 * test.scale
+    left_top = test.center - box / 2
+    shares = (keypoints[..., :2] - left_top[:, None]) / box[:, None]  # of the box
+    # peaks on pixels of the 16 x 12 map, so that decoding is exact: at the truth, or up to 3 pixels to the right of it
+    peaks = (shares * torch.tensor([12, 16])).round() + torch.stack((torch.arange(17) % 4, torch.zeros(17)), -1)
+    peaks = torch.stack((peaks[..., 0].clamp(3, 8), peaks[..., 1].clamp(3, 12)), -1)
+    rows = iter(range(len(keypoints)))
+
+    def outputs_of(images):
+        x, y = peaks[[next(rows) for _ in images]].unbind(-1)
+        across = (torch.arange(12) - x[..., None]).square()[:, :, None, :]
+        down = (torch.arange(16) - y[..., None]).square()[..., None]
+        return torch.exp(-(across + down) / 2)
+
+    near = []
+    for person, truth in enumerate(keypoints.tolist()):
+        (left, top), (width, height) = left_top[person].tolist(), box[person].tolist()
+        for (x, y, visibility), (column, row) in zip(truth, peaks[person].tolist(), strict=True):
+            if visibility > 0:
+                found = left + column / 12 * width, top + row / 16 * height
+                near.append(math.hypot((found[0] - x) / width, (found[1] - y) / height) < 0.1)
+    assert len(near) > 50 and 0.1 < np.mean(near) < 0.9
+    assert pose.pck_of(replace(test, keypoints=keypoints), config, outputs_of) == pytest.approx(100 * np.mean(near))
+
+
+def test_the_true_heat_maps_score_all_key_points_within_the_map(task_of_figures, people, data):
+    test, config = pose.on_device(people, torch.device("cpu"))[1], task_of_figures.load_data.keywords["config"]
+    upright = View(test.center, test.scale, torch.zeros(len(test.center)), torch.zeros(len(test.center)).bool())
+    matrices = view_matrices(upright, SIZE)
+    target = pose.target_of(*view_keypoints(test.keypoints, upright, COCO, matrices), config)
+    assert data.evaluate(lambda images: target.values) > 95
+
+
+def test_the_token_term_of_pose_counts_keypoint_and_visual_tokens(data, task_of_figures):
+    model = wrap_multicycle(task_of_figures.build_model(0), 2, stack="blocks")
+    images, target = next(data.batches(0))
+    output = model(images)
+    term = runs.cycle_loss(runs.Arm("x", 2, alpha=1.0), data)(output, target)
+    task = sum(data.loss(each, target) for each in output.outputs)
+    first, second = output.tokens
+    parts = [(first[:, part] - second[:, part]).square().mean() for part in (slice(17), slice(17, None))]
+    torch.testing.assert_close(term, task + sum(parts))

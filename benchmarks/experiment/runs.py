@@ -49,7 +49,7 @@ class Settings:
     """What all runs of one experiment have in common; rows that differ in any of it are not compared."""
 
     task: str
-    source: str
+    source: str  # one version of the task or its data: a digest
     images: int | None
     epochs: int
     cycles: int
@@ -60,9 +60,16 @@ class Settings:
     precision: str  # "fp32" or "bf16", the latter by autocast
     compiled: bool
     device: str  # "cpu" or "cuda"
+    model: str | None = None  # of tasks that have several
+    input_size: str | None = None  # likewise, as in 128x96
 
     def columns(self) -> dict[str, str]:
-        return {name.replace("_", " "): "" if value is None else str(value) for name, value in asdict(self).items()}
+        """As the results file has them; what only some tasks have is no column for the others."""
+        values = {name.replace("_", " "): value for name, value in asdict(self).items()}
+        for name in ("model", "input size"):
+            if values[name] is None:
+                del values[name]
+        return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -139,7 +146,7 @@ class Run:
             torch.set_float32_matmul_precision("high")
         if settings.compiled:
             torch.compiler.reset()  # each run compiles a model of its own; past eight, PyTorch would give up compiling
-        task = load_task(plan.task, plan.cache, settings.images)
+        task = load_task(plan.task, plan.cache, settings.images, settings.model)
         self.data = task.load_data(job.seed, self.device)
         seed_all(job.seed)
         self.model = task.build_model(job.seed).to(self.device).train()

@@ -65,8 +65,10 @@ class Recipe:
 
     epochs: int = 40
     learning_rate: float = 1e-3
-    weight_decay: float = 0.05
+    weight_decay: float = 0.05  # 0 is Adam
     warmup: float = 0.05  # share of all steps
+    rho: tuple[float, ...] = (0.3,)  # self-distilled arms by scale-free weight
+    alpha: tuple[float, ...] = ()  # ... and by fixed weight
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,12 @@ class Task:
     source: str = ""
 
 
-def load_task(wanted: str, cache: Path | None = None, images: int | None = None) -> Task:
+def load_task(wanted: str, cache: Path | None = None, images: int | None = None, model: str | None = None) -> Task:
     """The built-in task of that name, or the one in that Python file.
 
-    `cache` is the file of decoded images that cifar100 needs for its data, and `images` leaves that many training
-    images of a built-in task. RunError for a task that there is not or that lacks a function.
+    `cache` is the file of decoded images that cifar100 needs for its data and pose for all, `images` leaves that many
+    training images of a built-in task, and `model` is pose's. RunError for a task that there is not or that lacks a
+    function.
     """
     if wanted == "digits":
         recipe = Recipe(epochs=40, learning_rate=3e-3, warmup=0.1)
@@ -93,8 +96,15 @@ def load_task(wanted: str, cache: Path | None = None, images: int | None = None)
         from benchmarks.experiment import cifar  # not above: torchvision, which other tasks can do without
 
         return Task("cifar100", cifar.build_model, partial(cifar.load_data, cache=cache), Recipe(epochs=38))
+    if wanted == "pose":
+        from benchmarks.experiment import pose  # not above, likewise: einops
+
+        assert model is not None and cache is not None
+        return pose.pose_task(model, cache)
     if not wanted.endswith(".py") or not Path(wanted).is_file():
-        raise RunError(f"task {wanted!r}: not a built-in task (digits, cifar100) and not a Python file that is there")
+        raise RunError(
+            f"task {wanted!r}: not a built-in task (digits, cifar100, pose) and not a Python file that is there"
+        )
     if images is not None:
         raise RunError(f"--images is for the built-in tasks; {wanted} decides on its own data")
     return task_of_file(Path(wanted))
