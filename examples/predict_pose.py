@@ -5,12 +5,14 @@
     python examples/predict_pose.py MODEL FOLDER --boxes boxes.json --out found       # you know where people are
     python examples/predict_pose.py MODEL film.mp4 --detector facebook/detr-resnet-50 --out found
 
-MODEL is a folder of save_pretrained, or such a repository on the hub.
-The folder `found` gets every picture with its skeletons under the name it had (left sides in warm colours, right sides
-in cool ones), or the film as .mp4, and predictions.json, a result file in COCO's form: a row for each person with
-[x, y, score] of every key point in pixels. Nothing is written over. A GPU is used where there is one.
+MODEL is the folder of a training (examples/train_tokenpose.py, which leaves the model in its model/), one of
+save_pretrained, or such a repository on the hub. The folder `found` gets every picture with its skeletons under the
+name it had (left sides in warm colours, right sides in cool ones), or the film as .mp4 without sound, and
+predictions.json, a result file in COCO's form: a row for each person with [x, y, score] of every key point in pixels.
+What cannot be read is left out and counted. Nothing is written over. A GPU is used where there is one.
 
-Install with `pip install -e ".[pose]"`; --detector needs transformers (and timm for DETR), a video needs av.
+Install with `pip install -e ".[pose]"`; --detector needs transformers (and timm for DETR), a video needs av. The exit
+code is 0, or 2 after an error that a user can put right.
 """
 
 import argparse
@@ -22,12 +24,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.folder import RunFolder, write_json
+from cyclekd.integrations.runs.folder import RunFolder
 from cyclekd.integrations.tokenpose import COCO, CROWDPOSE, PoseError, from_pretrained
 from cyclekd.integrations.tokenpose.data.annotations import read_annotations
-from cyclekd.integrations.tokenpose.prediction.detection import HFDetector, read_boxes
+from cyclekd.integrations.tokenpose.prediction.detection import HFDetector, read_boxes, read_image_ids
 from cyclekd.integrations.tokenpose.prediction.drawing import draw_poses
-from cyclekd.integrations.tokenpose.prediction.predictor import PosePredictor, coco_results
+from cyclekd.integrations.tokenpose.prediction.predictor import PosePredictor
+from cyclekd.integrations.tokenpose.prediction.results import ResultFile, coco_results
 from cyclekd.integrations.tokenpose.prediction.video import Video, write_video
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -68,52 +71,56 @@ def find_source(args):
 def make_predictor(args):
     run = Path(args.model) / "model"  # where a training leaves it
     model = from_pretrained(run if run.is_dir() else args.model)
-    known = {"coco": COCO, "crowdpose": CROWDPOSE}
-    skeleton = known.get(args.skeleton) or read_annotations(Path(args.skeleton)).skeleton
     options = {"device": args.device, "batch_size": args.batch, "precision": args.precision}
-    return PosePredictor(model, skeleton=skeleton, flip=args.flip, **options)
+    return PosePredictor(model, skeleton=find_skeleton(args.skeleton), flip=args.flip, **options)
+
+
+def find_skeleton(name):
+    known = {"coco": COCO, "crowdpose": CROWDPOSE}
+    if name not in known and not Path(name).is_file():
+        raise PoseError(f"--skeleton {name}: there is no such file; write {', '.join(known)}, or an annotation file")
+    return known.get(name) or read_annotations(Path(name)).skeleton
 
 
 def predict_photos(photos, predictor, detector, out, args):
     """Write every photo with its skeletons, and predictions.json; a summary."""
     boxes = boxes_of(photos, args.boxes) if args.boxes else None
-    ids, rows, unreadable = image_ids(photos), [], []
+    ids, left_out = image_ids(photos, args.boxes), []
 
     def note(photo, error):
-        unreadable.append(photo)
+        left_out.append(photo)
         tqdm.write(f"left out: {error}", file=sys.stderr)
 
     start = time.perf_counter()
-    for photo, image, poses in predictor.predict_images(photos, boxes, detector=detector, on_unreadable=note):
-        drawn = draw_poses(image, poses.keypoints, poses.scores, predictor.skeleton, threshold=args.threshold)
-        Image.fromarray(drawn).save(out / photo.name, quality=92)
-        rows += coco_results(poses, ids[photo], photo.name)
+    with ResultFile(out / "predictions.json") as results:
+        for photo, image, poses in predictor.predict_images(photos, boxes, detector=detector, on_left_out=note):
+            drawn = draw_poses(image, poses.keypoints, poses.scores, predictor.skeleton, threshold=args.threshold)
+            Image.fromarray(drawn).save(out / photo.name, quality=92)
+            results.write(coco_results(poses, ids[photo], photo.name))
+        if len(left_out) == len(photos):
+            raise PoseError(f"none of the {len(photos)} files in {args.source} could be used")
     seconds = time.perf_counter() - start
-    if len(unreadable) == len(photos):
-        raise PoseError(f"none of the {len(photos)} files in {args.source} could be read")
-    write_json(out / "predictions.json", rows)
-    return summary(len(photos) - len(unreadable), "images", len(rows), len(unreadable), seconds, predictor, out)
+    return summary(len(photos) - len(left_out), "images", results.count, len(left_out), seconds, predictor, out)
 
 
 def predict_video(video, predictor, detector, out, args):
     """Write the video with skeletons, or its frames, and predictions.json; a summary."""
-    rows = []
 
     def drawn():
         predictions = predictor.predict_images(video, detector=detector)
         for number, (_, image, poses) in enumerate(predictions, 1):
-            rows.extend(coco_results(poses, number, f"{number:06}.jpg"))
+            results.write(coco_results(poses, number, f"{number:06}.jpg"))
             yield draw_poses(image, poses.keypoints, poses.scores, predictor.skeleton, threshold=args.threshold)
 
     start, frames = time.perf_counter(), 0
-    if args.frames:
-        for frames, frame in enumerate(drawn(), 1):
-            Image.fromarray(frame).save(out / f"{frames:06}.jpg", quality=92)
-    else:
-        frames = write_video(out / f"{video.path.stem}.mp4", drawn(), video.fps)
+    with ResultFile(out / "predictions.json") as results:
+        if args.frames:
+            for frames, frame in enumerate(drawn(), 1):
+                Image.fromarray(frame).save(out / f"{frames:06}.jpg", quality=92)
+        else:
+            frames = write_video(out / f"{video.path.stem}.mp4", drawn(), video.fps)
     seconds = time.perf_counter() - start
-    write_json(out / "predictions.json", rows)
-    return summary(frames, "frames", len(rows), 0, seconds, predictor, out)
+    return summary(frames, "frames", results.count, 0, seconds, predictor, out)
 
 
 def boxes_of(photos, file):
@@ -124,24 +131,27 @@ def boxes_of(photos, file):
     return {photo.name: named.get(photo.name, []) for photo in photos}
 
 
-def image_ids(photos):
-    """COCO's files are named by their ids; others are counted."""
+def image_ids(photos, boxes):
+    """Those of the file of boxes where it has them; else COCO's files are named by theirs, and others are counted."""
+    given = read_image_ids(boxes) if boxes else {}
+    if given:
+        return {photo: given.get(photo.name) for photo in photos}  # one that it does not name has nobody in it
     stems = [photo.stem for photo in photos]
     named_by_id = all(stem.isdecimal() for stem in stems) and len({int(stem) for stem in stems}) == len(stems)
     return {photo: int(photo.stem) if named_by_id else number for number, photo in enumerate(photos, 1)}
 
 
-def summary(images, what, people, unreadable, seconds, predictor, out):
-    left_out = f", {unreadable} that could not be read" if unreadable else ""
+def summary(images, what, people, left_out, seconds, predictor, out):
+    lost = f", {left_out} left out" if left_out else ""
     rate = f"{images / seconds:.1f} {what}/s on {predictor.device.type} with reading and drawing"
-    return f"{images} {what}{left_out}, {people} people, {rate}. Wrote {out}"
+    return f"{images} {what}{lost}, {people} people, {rate}. Wrote {out}"
 
 
 def parse_arguments(arguments=None):
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     add = parser.add_argument
-    add("model", metavar="MODEL", help="folder of a run, folder of save_pretrained, or repository on the hub")
+    add("model", metavar="MODEL", help="folder of a training, folder of save_pretrained, or repository on the hub")
     add("source", metavar="SOURCE", type=Path, help="a photograph, a folder of them, or a video")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(

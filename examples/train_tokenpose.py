@@ -9,8 +9,9 @@ Without --data a small model learns figures that are drawn for it, with settings
 work, not to judge the method. With --data the defaults are the paper's for COCO on 8 GPUs. The folder is in COCO's or
 CrowdPose's layout; any COCO key point file will do, with key points, names and flip pairs of its own.
 
-The run folder ends up with the plain model (`from_pretrained` loads it), its card, the curves, the log and the last
-checkpoints.
+The run folder ends up with the plain model (`from_pretrained` loads it), people with what it predicts for them in a
+picture, its card, the curves, the log and the last checkpoints. Fine-tuning on other key points begins with such a
+model: --init-from runs/mine/model --new-head.
 """
 
 import sys

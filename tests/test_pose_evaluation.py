@@ -8,6 +8,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -32,6 +33,7 @@ from cyclekd.integrations.tokenpose.skeletons import COCO, CROWDPOSE, Skeleton
 from golden import FOLDER, golden_json
 
 COCO_MINI = FOLDER.parent / "data/coco-mini"
+LOST = torch.tensor([0.0, torch.nan])[:, None, None]
 CORNERS = Skeleton(("left_a", "right_a", "b"), ((0, 1),), (0.1, 0.1, 0.2), (), ())
 
 
@@ -119,7 +121,9 @@ def test_crowdpose_figures_equal_the_published_ones() -> None:
 
 
 def test_coco_figures_equal_those_of_pycocotools_on_the_file_itself(tmp_path: Path) -> None:
-    annotations, results = write(tmp_path, content()), found()
+    data, results = content(), found()
+    data["annotations"][0]["area"] = 0  # not to be found, and to be found all the same
+    annotations = write(tmp_path, data)
     expected = as_published(annotations, results)
     assert 0.1 < expected[0] < 0.9 and len(set(expected)) > 5
     assert list(coco_ap(annotations, results).values()) == pytest.approx(expected, abs=1e-12)
@@ -170,8 +174,33 @@ def test_fields_that_own_files_often_lack_are_made_up_for(tmp_path: Path) -> Non
     expected = coco_ap(write(tmp_path, data), results)
     for person in data["annotations"]:
         for name in ("area", "iscrowd", "num_keypoints", "category_id"):
-            del person[name]
+            person[name] = None
+    data["annotations"][0]["num_keypoints"] = "0"
+    for person in data["annotations"]:
+        del person["category_id"]
     assert 0 < expected["AP"] and coco_ap(write(tmp_path, data), results) == expected
+    for person in data["annotations"]:
+        for name in ("area", "iscrowd", "num_keypoints"):
+            del person[name]
+    assert coco_ap(write(tmp_path, data), results) == expected
+
+
+def test_a_person_with_one_hidden_key_point_is_to_be_found(tmp_path: Path) -> None:
+    data = one_per_image(CORNERS)
+    results = displaced(CORNERS, 0.999, data["annotations"][0]["area"])
+    data["annotations"][0]["keypoints"] = [50, 60, 1] + [0] * 6
+    data["annotations"][1]["keypoints"] = [0] * 3 + [50, 60, 1] + [0] * 3
+    for person in data["annotations"]:
+        del person["num_keypoints"]
+    assert coco_ap(write(tmp_path, data), results[2:])["AR"] == pytest.approx(1 / 3)
+
+
+def test_a_person_without_the_field_of_key_points_need_not_be_found(tmp_path: Path) -> None:
+    data = one_per_image(CORNERS)
+    results = displaced(CORNERS, 0.999, data["annotations"][0]["area"])
+    for name in ("keypoints", "num_keypoints"):
+        del data["annotations"][0][name]
+    assert coco_ap(write(tmp_path, data), results[1:])["AR"] == pytest.approx(1)
 
 
 def displaced(skeleton: Skeleton, similarity: float, area: float) -> list[dict[str, Any]]:
@@ -223,11 +252,16 @@ def test_key_points_without_sigmas_are_not_measured_unless_sigmas_are_given(tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 9}, r"result 1 is of image 9, which .*annotations.json does not have"),
+        ({"image_id": 9}, r"result 1 is of image 9, which .*annotations.json does not have: evaluate with the annot"),
+        ({"image_id": "1"}, r"result 1 is of image '1', which .* does not have: ids are whole numbers, such as 7"),
         ({"category_id": 2}, r"result 1 has category_id 2, and persons in .* have 1"),
         ({"keypoints": [1.0] * 42}, r"result 1 needs 17 key points as a list of 51 numbers"),
         ({"keypoints": [float("nan")] * 51}, r"result 1 has NaN or infinity"),
+        ({"keypoints": np.ones(51)}, r"result 1 needs 17 key points as a list of 51 numbers, .*tolist\(\)"),
+        ({"keypoints": [10**400] * 51}, r"result 1 has NaN or infinity"),
         ({"score": float("nan")}, r"result 1 has NaN or infinity"),
+        ({"score": None}, r"result 1 has the score None: it is a number"),
+        ({"score": np.float32(0.5)}, r"result 1 has the score .*: it is a number, as item\(\) makes it of an array"),
     ],
 )
 def test_results_that_do_not_fit_the_file_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -235,6 +269,8 @@ def test_results_that_do_not_fit_the_file_are_refused(tmp_path: Path, change: di
     results[1] |= change
     with pytest.raises(PoseError, match=message):
         coco_ap(write(tmp_path, content()), results)
+    with pytest.raises(PoseError, match=r"result 0 is 'results.json': results are \{image_id, category_id, keypoints"):
+        coco_ap(write(tmp_path, content()), ["results.json"])
 
 
 def test_persons_that_cannot_be_compared_are_no_ground_truth(tmp_path: Path) -> None:
@@ -242,6 +278,11 @@ def test_persons_that_cannot_be_compared_are_no_ground_truth(tmp_path: Path) -> 
     kept = deepcopy(data)
     del kept["annotations"][0], kept["annotations"][4]
     expected = coco_ap(write(tmp_path, kept), results)
+    for change in ({"area": float("inf")}, {"bbox": [0, 0, 1e39, 5]}, {"bbox": None}, {"image_id": 9}):
+        first = deepcopy(data)
+        first["annotations"][0] |= change
+        del first["annotations"][5]
+        assert coco_ap(write(tmp_path, first), results) == expected
     data["annotations"][0]["keypoints"][0] = float("nan")
     data["annotations"][5]["keypoints"] = [1, 2, 2]
     assert coco_ap(write(tmp_path, data), results) == expected
@@ -292,6 +333,8 @@ def test_crowdpose_leaves_out_persons_without_a_visible_key_point(tmp_path: Path
 def test_files_that_do_not_say_how_crowded_images_are_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PoseError, match=r"image 1 of .* has no crowdIndex; for other files use coco_ap"):
         crowdpose_ap(write(tmp_path, content(CROWDPOSE)), found(CROWDPOSE))
+    with pytest.raises(PoseError, match=r"image 2 of .* has no crowdIndex"):
+        crowdpose_ap(write(tmp_path, crowded(0.1, float("nan"), 0.9)), found(CROWDPOSE))
 
 
 # -- persons kept and scored ------------------------------------------------------------------------------------
@@ -416,6 +459,8 @@ def test_key_points_below_the_threshold_do_not_lower_a_score_and_regressed_ones_
         ({"rows": torch.tensor([-1, 0])}, r"rows are from -1 to 0"),
         ({"keypoints": torch.full((2, 17, 2), torch.nan)}, r"of 2 persons, such as row 0, are NaN or infinite"),
         ({"scores": torch.full((2, 17), torch.inf)}, r"of 2 persons, such as row 0, are NaN or infinite"),
+        ({"keypoints": LOST.expand(2, 17, 2)}, r"of 1 persons, such as row 1, are NaN or infinite"),
+        ({"scores": LOST.expand(2, 17, 1)[..., 0]}, r"of 1 persons, such as row 1, are NaN or infinite"),
     ],
 )
 def test_predictions_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
@@ -446,6 +491,22 @@ def test_every_evaluation_says_whose_boxes_it_used(tmp_path: Path) -> None:
     assert str(evaluation).endswith("(2 detector boxes)")
 
 
+def test_an_evaluation_is_the_average_precision_of_the_persons_kept_by_its_settings(tmp_path: Path) -> None:
+    data = content(persons=4, images=3)
+    people = read(tmp_path, data, boxes=write(tmp_path, 2 * detected(data), "boxes.json"))  # everybody twice
+    row, k = torch.arange(24.0)[:, None], torch.arange(17.0)
+    keypoints = torch.stack([torch.tensor(pose(COCO, number % 4)).view(17, 3)[:, :2] for number in range(24)])
+    keypoints += 9 * torch.sin(row[..., None] + k[:, None])
+    predictions = Predictions(keypoints, 0.45 + 0.5 * torch.sin(3 * k + row * row), torch.arange(24))
+    seen = []
+    for settings in ({}, {"rescore": 0.6}, {"rle": True}, {"nms": 0.95}, {"nms": 0.95, "input_size": (64, 192)}):
+        usual = {"rescore": 0.2, "nms": 0.9, "rle": False, "input_size": (256, 192)}
+        expected = coco_ap(people.annotations, person_results(people, predictions, **(usual | settings)))
+        assert evaluate(people, predictions, **settings).figures == expected
+        seen.append(expected["AP"])
+    assert len({*seen}) == 4 and seen[3] != seen[4] and 0.1 < min(seen)
+
+
 def test_persons_without_a_prediction_count_as_not_found_and_are_named(tmp_path: Path) -> None:
     people = read(tmp_path, content(persons=2, images=1))
     half = Predictions(*(each[:1] for each in perfect(people)))
@@ -467,6 +528,14 @@ def test_people_of_another_category_id_are_evaluated_too(tmp_path: Path) -> None
         person["category_id"] = 7
     people = read(tmp_path, data)
     assert people.category_id == 7 and evaluate(people, perfect(people)).figures["AP"] == pytest.approx(1)
+
+
+def test_persons_without_a_labelled_key_point_have_no_box_to_predict_and_cost_nothing(tmp_path: Path) -> None:
+    data = content(persons=2, images=3)  # the second of image 2 is a crowd, of image 3 without labels
+    people = read(tmp_path, data)
+    assert len(people) == 4
+    evaluation = evaluate(people, perfect(people))
+    assert evaluation.figures["AP"] == pytest.approx(1) == evaluation.figures["AR"] and evaluation.without == 0
 
 
 # -- PCK --------------------------------------------------------------------------------------------------------

@@ -62,6 +62,11 @@ def test_a_seed_gives_the_figures_that_it_gave_when_this_was_written() -> None:
     np.testing.assert_allclose(keypoints(persons[2])[16], (138.95, 205.49, 2), atol=0.02)
 
 
+def test_a_figure_of_which_nothing_is_seen_is_not_annotated() -> None:
+    persons = draw_figures(35, (64, 64), (8, 8))[1]
+    assert len(persons) == 7 and all(person["area"] > 0 for person in persons)
+
+
 @pytest.mark.parametrize("people", [(1, 1), (2, 4)])
 def test_size_and_number_of_people_are_as_asked_for(people: tuple[int, int]) -> None:
     for seed in range(8):
@@ -300,6 +305,20 @@ def test_after_a_kill_the_rest_is_drawn_and_the_folder_is_the_same(
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
+def test_an_image_whose_annotations_were_not_written_is_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_figures(tmp_path / "whole", train=3, val=2, seed=1, **SMALL)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        count_drawings(patch, 2)
+        write_figures(tmp_path / "killed", train=3, val=2, seed=1, **SMALL)
+    log = tmp_path / "killed/train2017.jsonl"
+    log.write_text(log.read_text()[:-9])
+    drawn = count_drawings(monkeypatch)
+    write_figures(tmp_path / "killed", train=3, val=2, seed=1, **SMALL)
+    assert len(drawn) == 4 and content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
 def test_an_image_that_was_deleted_is_drawn_again(tmp_path: Path) -> None:
     write_figures(tmp_path, train=2, val=1, seed=1, **SMALL)
     before = content(tmp_path)
@@ -333,10 +352,38 @@ def test_a_folder_of_other_content_is_refused(name: str, text: str, message: str
     assert content(tmp_path) == {name: text.encode()}
 
 
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_or_of_one_in_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("x")
     with pytest.raises(PoseError, match=r"cannot use .*data: .*name another folder"):
         write_figures(tmp_path / "data", train=1, val=1, seed=0)
+    write_figures(tmp_path / "figures", train=1, val=1, seed=0, **SMALL)
+    for path in ("annotations/person_keypoints_val2017.json", "val2017/000000000002.jpg"):
+        (tmp_path / "figures" / path).unlink()
+    (tmp_path / "figures/val2017").rmdir()
+    (tmp_path / "figures/val2017").write_text("x")
+    with pytest.raises(PoseError, match=r"cannot use .*val2017: "):
+        write_figures(tmp_path / "figures", train=1, val=1, seed=0, **SMALL)
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(PoseError, match=r"cannot use .*: Permission denied; name another folder"):
+        write_figures(tmp_path, train=1, val=1, seed=0)
+
+
+def test_what_a_kill_left_of_a_half_written_file_is_no_foreign_content(tmp_path: Path) -> None:
+    (tmp_path / ".figures.json.123.tmp").write_text("{")
+    write_figures(tmp_path, train=1, val=1, seed=0, **SMALL)
+    assert (tmp_path / "figures.json").is_file()
+
+
+def test_only_a_folder_of_figures_may_be_deleted(tmp_path: Path) -> None:
+    (tmp_path / "mine.jpg").write_text("x")
+    with pytest.raises(PoseError, match=r"name another folder$"):
+        write_figures(tmp_path, train=1, val=1, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -357,3 +404,6 @@ def test_settings_that_cannot_be_drawn_are_refused_before_anything_is_written(
     with pytest.raises(PoseError, match=message):
         write_figures(tmp_path / "data", **({"train": 1, "val": 1, "seed": 0} | settings))
     assert not (tmp_path / "data").exists()
+    if not {"train", "val"} & set(settings):
+        with pytest.raises(PoseError, match=message):
+            draw_figures(**({"seed": 0} | settings))

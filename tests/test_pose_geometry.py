@@ -186,6 +186,12 @@ def test_a_box_without_area_is_refused_by_row(boxes_to, matrices_of) -> None:
         boxes_to(boxes, SIZE)
 
 
+def test_a_box_smaller_than_a_pixel_has_an_area() -> None:
+    center, scale = center_and_scale(torch.tensor([[4.0, 6.0, 0.75, 0.5]]), SIZE)
+    close(center, [[4.375, 6.25]])
+    close(scale * 200, [[0.9375, 1.25]])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("column", [0, 3])
 def test_boxes_that_are_not_finite_are_refused_by_row(value: float, column: int) -> None:

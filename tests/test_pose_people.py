@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cyclekd.integrations.tokenpose.data.annotations import read_annotations
 from cyclekd.integrations.tokenpose.data.people import People, Skipped, find_split, read_image, read_people
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.skeletons import COCO, CROWDPOSE
@@ -74,14 +75,24 @@ def test_people_are_read_with_their_images_boxes_and_key_points(data: Data) -> N
     assert str(people.skipped) == "skipped none"
 
 
-def test_training_leaves_out_crowds_and_persons_without_labels_that_evaluation_keeps(data: Data) -> None:
+@pytest.mark.parametrize("for_training", [True, False])
+def test_crowds_and_persons_without_labels_are_left_out(data: Data, for_training: bool) -> None:
     content = triangles(person(1), person(2, keypoints=[0] * 9), person(3, iscrowd=1), person(4, category_id=2))
-    people = data.read(content)
+    people = data.read(content, for_training=for_training)
     assert people.annotation_ids.tolist() == [1]
     counts = {"of another category": 1, "without a labelled key point": 1, "that are crowds": 1}
     assert people.skipped.counts == counts and people.skipped.total == 3
     assert "1 without a labelled key point (annotation 2)" in str(people.skipped)
-    assert data.read(content, for_training=False).annotation_ids.tolist() == [1, 2]
+
+
+def test_a_hidden_key_point_is_a_labelled_one(data: Data) -> None:
+    people = data.read(triangles(person(1, keypoints=[5, 6, 1] + [0] * 6)))
+    assert people.keypoints[0].tolist() == [[5, 6, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_outlines_are_not_kept(data: Data) -> None:
+    data.read(triangles(person(1, segmentation=[[1, 2, 3, 4, 5, 6]])))
+    assert "segmentation" not in read_annotations(data.file).persons[0]
 
 
 def test_skipped_persons_are_counted_with_the_first_three_examples() -> None:
@@ -113,6 +124,15 @@ def test_a_detectors_boxes_carry_scores_and_no_key_points(data: Data) -> None:
     assert people.box_scores.tolist() == [0.25, 0.75] and people.annotation_ids.tolist() == [0, 2]
     assert people.image_ids[people.image_index].tolist() == [2, 1]
     assert people.keypoints.shape == (2, 3, 3) and not people.keypoints.any()
+    assert str(people.skipped) == "skipped 1: 1 of another category (box 1 of boxes.json)"
+
+
+def test_a_detectors_boxes_of_low_scores_can_be_left_out(data: Data) -> None:
+    boxes = [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": score} for score in (0, 0.25, 0.5)]
+    assert data.read(triangles(), for_training=False, boxes=boxes).box_scores.tolist() == [0, 0.25, 0.5]
+    people = data.read(triangles(), for_training=False, boxes=boxes, least_score=0.25)
+    assert people.box_scores.tolist() == [0.25, 0.5]
+    assert str(people.skipped) == "skipped 1: 1 with a score below 0.25 (box 0 of boxes.json)"
 
 
 def test_a_detectors_boxes_need_no_annotations_as_on_test_images(data: Data) -> None:
@@ -130,6 +150,13 @@ def test_a_subset_keeps_rows_in_the_order_asked(data: Data) -> None:
     people = data.read(triangles(person(7, 2), person(5, 1), person(9, 2))).subset([2, 1])
     assert people.annotation_ids.tolist() == [9, 5] and len(people) == 2
     assert people.image_ids[people.image_index].tolist() == [2, 1]
+    assert len(people.subset([])) == 0
+
+
+def test_a_subset_takes_those_where_a_mask_is_true(data: Data) -> None:
+    people = data.read(triangles(person(7, 2), person(5, 1), person(9, 2)))
+    assert people.subset(people.annotation_ids > 5).annotation_ids.tolist() == [7, 9]
+    assert people.subset([False, True, False]).annotation_ids.tolist() == [5]
 
 
 def test_an_image_may_lie_in_a_folder_below(data: Data) -> None:
@@ -158,6 +185,12 @@ def test_own_key_points_bring_their_names_pairs_sigmas_upper_body_and_limbs(data
         (["a", "b", "c"], [[0, 2]], ((0, 2),)),
         (["a", "b", "c"], [], ()),
         (["left_a", "b", "c"], [[0, 2]], ((0, 2),)),
+        (["left_a", "right_a", "b"], [[1.0, 0.0]], ((0, 1),)),
+        (["eye_left", "mouth", "eye_right"], None, ((0, 2),)),
+        (["Left Eye", "Right Eye", "mouth"], None, ((0, 1),)),
+        (["mouth", "leftEye1", "rightEye1"], None, ((1, 2),)),
+        (["REye", "LEye", "mouth"], None, ((1, 0),)),
+        (["eye-l", "mouth", "eye-r"], None, ((0, 2),)),
     ],
 )
 def test_pairs_come_from_names_and_where_they_name_no_sides_from_the_file(
@@ -201,23 +234,67 @@ def test_sigmas_can_be_given_for_files_without(data: Data) -> None:
 @pytest.mark.parametrize(
     ("category", "message"),
     [
-        ({"keypoints": ["a", "b", "c"]}, r"no name begins with left_ .* Add \"flip_pairs\" .* or \[\] where"),
+        ({"keypoints": ["a", "b", "c"]}, r"no name has the word left .* Add \"flip_pairs\" .* or \[\] where"),
+        ({"keypoints": ["left_a", "right_a", "b_left"]}, r"b_left has no other side"),
+        ({"keypoints": ["left_a", "right_a", "right-a"]}, r"left_a has no other side"),
         ({"keypoints": ["left_a", "b", "c"]}, r"left_a has no other side"),
         ({"flip_pairs": [[1, 2]]}, r"flip_pairs are \[\[1, 2\]\], and by the names .* \[\[0, 1\]\], counted from 0"),
         ({"flip_pairs": [[0, 3]]}, r"pairs of indices from 0 to 2, and are \[\[0, 3\]\]"),
         ({"flip_pairs": [[0, 1], [1, 2]]}, r"pairs of indices from 0 to 2"),
         ({"flip_pairs": [0, 1]}, r"pairs of indices from 0 to 2"),
+        ({"flip_pairs": [[0.5, 1]]}, r"pairs of indices from 0 to 2"),
+        ({"flip_pairs": {}}, r"pairs of indices from 0 to 2"),
         ({"sigmas": [0.1, 0.1]}, r"sigmas are 3 numbers above 0, one per key point, and are \[0.1, 0.1\]"),
         ({"sigmas": [0.1, 0.1, 0]}, r"sigmas are 3 numbers above 0"),
         ({"skeleton": [[0, 1]]}, r"counted from 1 to 3, as COCO's does, and is \[\[0, 1\]\]"),
         ({"keypoints": ["a", "a", "b"]}, r"names, each there once, and these are \['a', 'a', 'b'\]"),
         ({"keypoints": 3}, r"names, each there once, and these are 3"),
-        ({"id": None}, r"no category has an id and key points"),
+        ({"id": None}, r"number 0 of its categories has the id None: ids are whole numbers"),
+        ({"keypoints": None, "name": "dog"}, r"no category has \"keypoints\", .* persons here have 3"),
     ],
 )
 def test_a_category_that_does_not_fit_is_refused(data: Data, category: dict[str, Any], message: str) -> None:
     with pytest.raises(PoseError, match=message):
         data.read(triangles(person(1), **category))
+
+
+def test_a_category_of_missing_or_null_fields_is_read(data: Data) -> None:
+    skeleton = data.read(triangles(person(1), sigmas=None, flip_pairs=None, skeleton=None)).skeleton
+    assert (skeleton.sigmas, skeleton.flip_pairs, skeleton.limbs) == ((), ((0, 1),), ())
+
+
+def test_a_single_key_point_has_no_other_side(data: Data) -> None:
+    people = data.read(triangles(person(1, keypoints=[5, 6, 2]), keypoints=["ball"], sigmas=[0.1]))
+    assert people.skeleton.flip_pairs == () and people.keypoints.tolist() == [[[5, 6, 2]]]
+
+
+def several(*categories: dict[str, Any], of: int = 1) -> dict[str, Any]:
+    return triangles(person(1, category_id=of)) | {"categories": list(categories)}
+
+
+def test_of_several_categories_the_one_with_key_points_and_annotations_is_read(data: Data) -> None:
+    hand = {"id": 3, "name": "hand", "keypoints": ["left_x", "right_x"]}
+    corners = {"id": 1, "name": "corners", "keypoints": TRIANGLE}
+    everyone = {"id": 2, "name": "person", "keypoints": ["left_y", "right_y"]}
+    boxes = {"id": 4, "name": "dog"}
+    assert data.read(several(boxes, hand, corners)).skeleton.names == tuple(TRIANGLE)
+    people = data.read(several(hand, everyone, corners))
+    assert people.category_id == 1 and people.skeleton.names == tuple(TRIANGLE)
+    content = several(corners | {"id": 5}, corners | {"name": "person"})
+    content["annotations"].append(person(2, category_id=5))
+    people = data.read(content)
+    assert people.category_id == 1
+    assert str(people.skipped) == "skipped 1: 1 of another category (annotations.json)"
+
+
+def test_several_categories_of_which_none_is_the_person_are_refused(data: Data) -> None:
+    content = several(*({"id": i, "name": f"animal {i}", "keypoints": TRIANGLE} for i in (1, 2)))
+    content["annotations"].append(person(2, category_id=2))
+    with pytest.raises(PoseError, match=r"several categories have key points, animal 1, animal 2: give all whose"):
+        data.read(content)
+    content["categories"] = [{"id": i, "name": f"animal {i}"} for i in (1, 2)]
+    with pytest.raises(PoseError, match=r"no category has key points, as COCO's person has, or is called person"):
+        data.read(content)
 
 
 # -- files that cannot be used ----------------------------------------------------------------------------------
@@ -236,6 +313,8 @@ def broken(change: Any) -> dict[str, Any]:
         ("", r"is no JSON"),
         ([], r"is a list: a file of key points in COCO's layout has images, annotations and categories"),
         ({"info": 1}, r"has info: a file of key points"),
+        ({"images": [], "annotations": []}, r"has images, annotations: a file of key points"),
+        ({f"{i}.png": [] for i in range(9)}, r"has 0.png, 1.png, 2.png, 3.png, 4.png: a file of key points"),
         (broken(lambda c: c.update(images=[])), r"has no images: the split is empty"),
         (broken(lambda c: c.update(annotations=[])), r"has no persons: the split is empty$"),
         (broken(lambda c: c.update(annotations=[3])), r"\"annotations\" has to be a list of objects"),
@@ -243,13 +322,23 @@ def broken(change: Any) -> dict[str, Any]:
         (broken(lambda c: c["annotations"][1].update(id=1)), r"two of its annotations have the id 1: .* renumber"),
         (broken(lambda c: c["images"][1].update(id=1)), r"two of its images have the id 1"),
         (broken(lambda c: c["images"][1].update(id="x")), r"number 1 of its images has the id 'x': .* whole numbers"),
+        (broken(lambda c: c["images"][0].update(id=7.0)), r"has the id 7.0: .* such as 7, and not 7.0 or \"7\""),
+        (broken(lambda c: c["images"][0].update(id=True)), r"has the id True: ids are whole numbers"),
+        (broken(lambda c: c["annotations"][0].update(id=2**63)), r"has the id 9223372036854775808: ids are whole"),
         (broken(lambda c: c["annotations"][0].pop("id")), r"number 0 of its annotations has the id None"),
+        (broken(lambda c: c["categories"].append({"id": 1})), r"two of its categories have the id 1"),
+        (broken(lambda c: [a.update(category_id=0) for a in c["annotations"]]), r"no persons of category_id 1 among"),
+        (broken(lambda c: [a.update(category_id="1") for a in c["annotations"]]), r"category_id 1 among its 2 annot"),
+        (broken(lambda c: [a.update(category_id=[1]) for a in c["annotations"]]), r"category_id 1 among its 2 annot"),
         (broken(lambda c: c["images"][1].pop("height")), r"image 2 \(2.png\) has height None and width 64: .*Pillow"),
         (broken(lambda c: c["images"][1].update(width=0)), r"image 2 \(2.png\) has height 48 and width 0"),
+        (broken(lambda c: c["images"][1].update(width=64.0)), r"has height 48 and width 64.0: .* as whole numbers"),
+        (broken(lambda c: c["images"][1].update(height=True)), r"has height True and width 64: both are needed"),
         (broken(lambda c: c["images"][0].pop("file_name")), r"image 1 has no file_name"),
         (broken(lambda c: c["images"][0].update(file_name="../1.png")), r"image 1 is at ../1.png, outside the folder"),
+        (broken(lambda c: c["images"][0].update(file_name="a\\..\\..\\1.png")), r"image 1 is at .*, outside the fol"),
         (broken(lambda c: c["images"][0].update(file_name="/1.png")), r"image 1 is at /1.png, outside the folder"),
-        (broken(lambda c: c.update(categories=[])), r"no category has an id and key points"),
+        (broken(lambda c: c.update(categories=[])), r"no category has key points, as COCO's person has"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_before_training(data: Data, content: object, message: str) -> None:
@@ -292,28 +381,46 @@ def test_a_detectors_boxes_are_not_to_be_trained_on(data: Data) -> None:
 
 BAD_PERSONS = [
     ({"image_id": 3}, "of an unknown image id"),
-    ({"image_id": [1]}, "of an unknown image id"),
+    ({"image_id": [1]}, "whose image_id is no whole number"),
     ({"bbox": None}, "without a box of four numbers"),
     ({"bbox": [1, 2, 3]}, "without a box of four numbers"),
     ({"bbox": [1, 2, 3, "4"]}, "without a box of four numbers"),
-    ({"bbox": [1, 2, 3, float("nan")]}, "with NaN or infinity in the box"),
-    ({"bbox": [1, 2, 0, 5]}, "with a box of no area"),
-    ({"bbox": [1, 2, 5, -5]}, "with a box of no area"),
+    ({"image_id": 1.0}, "whose image_id is no whole number"),
+    ({"image_id": True}, "whose image_id is no whole number"),
+    ({"bbox": [1, 2, 3, float("nan")]}, "with NaN, infinite or immense numbers in the box"),
+    ({"bbox": [1, 2, 1e39, 4]}, "with NaN, infinite or immense numbers in the box"),  # infinite in float32
+    ({"bbox": [1, 2, 10**400, 4]}, "with NaN, infinite or immense numbers in the box"),
+    ({"bbox": [0.2, 0.3, 0.5, 0.9]}, "with a box of less than a pixel"),  # shares of the image
+    ({"bbox": [1, 2, 0, 5]}, "with a box of less than a pixel"),
+    ({"bbox": [1, 2, 5, -5]}, "with a box of less than a pixel"),
     ({"bbox": [64, 2, 5, 5]}, "with a box outside the image"),
     ({"bbox": [63.5, 2, 5, 5]}, "with a box outside the image"),  # its part inside the last pixel has no area
+    ({"bbox": [62.9999999, 2, 5, 5]}, "with a box outside the image"),  # 63 in float32
+    ({"bbox": [62.1, 2, 5, 5]}, "with a box outside the image"),
+    ({"bbox": [2, 46.1, 5, 5]}, "with a box outside the image"),
     ({"bbox": [3, 50, 5, 5]}, "with a box outside the image"),
     ({"bbox": [-9, 2, 5, 5]}, "with a box outside the image"),
+    ({"bbox": [-5, 2, 5, 5]}, "with a box outside the image"),
+    ({"bbox": [2, -5, 5, 5]}, "with a box outside the image"),
     ({"bbox": [3, -9, 5, 5]}, "with a box outside the image"),
 ]
+
+BAD_NUMBERS = "with NaN, infinite or immense numbers in key points"
 
 BAD_KEYPOINTS = [
     ({"keypoints": [1, 2, 2] * 4}, "without 3 key points of three numbers each"),
     ({"keypoints": [1, 2, None] * 3}, "without 3 key points of three numbers each"),
     ({"keypoints": [[1, 2, 2]] * 3}, "without 3 key points of three numbers each"),
-    ({"keypoints": [1, float("nan"), 2] * 3}, "with NaN or infinity in key points"),
-    ({"keypoints": [1, float("inf"), 2, 1, float("-inf"), 2, 0, 0, 0]}, "with NaN or infinity in key points"),
+    ({"keypoints": [1, float("nan"), 2] * 3}, BAD_NUMBERS),
+    ({"keypoints": [1, float("inf"), 2, 1, float("-inf"), 2, 0, 0, 0]}, BAD_NUMBERS),
+    ({"keypoints": [1e300, 2, 2, -1e300, 2, 2, 0, 0, 0]}, BAD_NUMBERS),
+    ({"keypoints": [10**400, 2, 2] * 3}, BAD_NUMBERS),
+    ({"keypoints": [1, 2, -1] * 3}, "without a labelled key point"),
     ({"area": 0}, "without area"),
+    ({"area": -5}, "without area"),
     ({"area": float("nan")}, "without area"),
+    ({"area": float("inf")}, "without area"),
+    ({"area": 10**400}, "without area"),
 ]
 
 
@@ -327,13 +434,32 @@ def test_a_person_that_cannot_be_used_is_left_out_and_counted(
     assert str(people.skipped) == f"skipped 1: 1 {reason} (annotation 4)"
 
 
-@pytest.mark.parametrize(("change", "reason"), [*BAD_PERSONS, ({"score": None}, "without a score")])
+def test_a_box_of_one_pixel_within_the_image_can_be_used(data: Data) -> None:
+    people = data.read(triangles(person(1, bbox=[62, 46, 9, 9]), person(2, bbox=[3, 4, 1, 1])))
+    assert people.boxes.tolist() == [[62, 46, 1, 1], [3, 4, 1, 1]]
+
+
+BAD_SCORES = [({"score": score}, "without a score of 0 or more") for score in (None, "1", float("nan"), -0.1, 10**400)]
+
+
+@pytest.mark.parametrize(("change", "reason"), [*BAD_PERSONS, *BAD_SCORES])
 def test_a_detectors_box_that_cannot_be_used_is_left_out_and_counted(
     data: Data, change: dict[str, Any], reason: str
 ) -> None:
     good = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
     people = data.read(triangles(person(1)), for_training=False, boxes=[deepcopy(good), good | change])
     assert len(people) == 1 and str(people.skipped) == f"skipped 1: 1 {reason} (box 1 of boxes.json)"
+
+
+def test_a_person_without_the_field_of_key_points_has_none_labelled(data: Data) -> None:
+    content = triangles(person(1), person(4))
+    del content["annotations"][1]["keypoints"]
+    assert str(data.read(content).skipped) == "skipped 1: 1 without a labelled key point (annotation 4)"
+
+
+def test_an_area_that_is_no_number_is_as_none(data: Data) -> None:
+    people = data.read(triangles(*(person(key, area=area) for key, area in enumerate((None, "900", True)))))
+    assert people.areas.tolist() == pytest.approx([0.53 * 600] * 3)
 
 
 def test_a_file_without_one_usable_person_is_refused_with_the_reasons(data: Data) -> None:
@@ -363,6 +489,12 @@ def test_missing_images_are_counted_in_training_and_refused_in_evaluation(data: 
         data.read(content)
 
 
+def test_a_file_name_that_none_can_have_is_a_missing_image(data: Data) -> None:
+    content = triangles(person(1), person(2, 2))
+    content["images"][1]["file_name"] = "a\0/b.png"
+    assert data.read(content).skipped.counts == {"whose image is missing": 1}
+
+
 def test_reading_people_opens_no_image(data: Data) -> None:
     (data.images / "1.png").write_bytes(b"")
     assert len(data.read(triangles(person(1)))) == 1
@@ -376,14 +508,42 @@ def test_an_image_is_read_as_rgb_whatever_its_mode(tmp_path: Path) -> None:
     assert read_image(tmp_path / "colour.png")[0, 0].tolist() == [1, 2, 3]
 
 
-def test_an_exif_orientation_is_ignored(tmp_path: Path) -> None:
+def test_an_image_of_more_than_8_bits_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 256, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(PoseError, match=r"deep.png has more than 8 bits per pixel \(mode I;16\): save it with 8"):
+        read_image(tmp_path / "deep.png")
+
+
+def with_orientation(path: Path, orientation: int, pixels: np.ndarray) -> Path:
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90 degrees
-    Image.new("RGB", (6, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (4, 6, 3)
-    expected = r"turned.jpg is 4 pixels high and 6 wide, and its annotations are of 6 x 4: .* EXIF orientation"
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(path, exif=exif)
+    return path
+
+
+def test_an_image_is_turned_by_its_exif_orientation_where_it_was_annotated_so(tmp_path: Path) -> None:
+    stored = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+    path = with_orientation(tmp_path / "turned.png", 6, stored)  # to be shown turned clockwise
+    assert np.array_equal(read_image(path), stored) and np.array_equal(read_image(path, (4, 6)), stored)
+    assert np.array_equal(read_image(path, (6, 4)), np.rot90(stored, -1))
+    with pytest.raises(PoseError, match=r"turned.png is 6 pixels high and 4 wide, and its annotations are of 5 x 4"):
+        read_image(path, (5, 4))
+
+
+def test_an_image_whose_size_does_not_tell_stays_as_it_is_stored(tmp_path: Path) -> None:
+    stored = np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+    assert np.array_equal(read_image(with_orientation(tmp_path / "half.png", 3, stored), (4, 6)), stored)
+    square = stored[:, :4]
+    assert np.array_equal(read_image(with_orientation(tmp_path / "square.png", 6, square), (4, 4)), square)
+
+
+def test_an_image_of_another_size_than_annotated_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (6, 4)).save(tmp_path / "small.png")
+    expected = r"small.png is 4 pixels high and 6 wide, and its annotations are of 8 x 12: use the images that were"
     with pytest.raises(PoseError, match=expected):
-        read_image(tmp_path / "turned.jpg", size=(6, 4))
+        read_image(tmp_path / "small.png", (8, 12))
+    with pytest.raises(PoseError, match=r"annotations are of 6 x 4"):
+        read_image(tmp_path / "small.png", (6, 4))
 
 
 def test_a_missing_truncated_or_foreign_image_is_refused_with_its_path(tmp_path: Path) -> None:
@@ -428,10 +588,15 @@ def test_a_split_is_found_in_crowdposes_layout_as_published_figures_use_it(tmp_p
     touch(tmp_path, f"{prefix}crowdpose_test.json")
     assert find_split(tmp_path, "train")[0] == tmp_path / f"{prefix}crowdpose_trainval.json"
     assert find_split(tmp_path, "val")[0] == tmp_path / f"{prefix}crowdpose_test.json"
+    (tmp_path / f"{prefix}crowdpose_trainval.json").unlink()
+    assert find_split(tmp_path, "val")[0] == tmp_path / f"{prefix}crowdpose_val.json"
+    (tmp_path / f"{prefix}crowdpose_val.json").unlink()
+    assert find_split(tmp_path, "train")[0] == tmp_path / f"{prefix}crowdpose_train.json"
+    assert find_split(tmp_path, "val")[0] == tmp_path / f"{prefix}crowdpose_test.json"
 
 
 def test_a_split_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    expected = r"has no val split: neither annotations/person_keypoints_val2017.json .*crowdpose_test.json"
+    expected = r"has no val split: neither .*person_keypoints_val2017.json .* without the year.*crowdpose_test.json"
     with pytest.raises(PoseError, match=expected):
         find_split(tmp_path, "val")
     with pytest.raises(PoseError, match=r"split='test'\): there are \"train\" and \"val\""):

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import struct
 import sys
+import wave
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 
+from cyclekd import wrap_multicycle
 from cyclekd.integrations.tokenpose import (
     COCO,
     CROWDPOSE,
@@ -28,9 +32,10 @@ from cyclekd.integrations.tokenpose.keypoints.decoding import decode_regression,
 from cyclekd.integrations.tokenpose.keypoints.flips import average_flipped, predict_flipped_regression
 from cyclekd.integrations.tokenpose.keypoints.geometry import center_and_scale, crop_matrices
 from cyclekd.integrations.tokenpose.models.config import config_for
-from cyclekd.integrations.tokenpose.prediction.detection import Boxes, HFDetector, read_boxes
+from cyclekd.integrations.tokenpose.prediction.detection import Boxes, HFDetector, read_boxes, read_image_ids
 from cyclekd.integrations.tokenpose.prediction.photos import load_image
-from cyclekd.integrations.tokenpose.prediction.predictor import PosePredictor, Poses, coco_results
+from cyclekd.integrations.tokenpose.prediction.predictor import PosePredictor, Poses
+from cyclekd.integrations.tokenpose.prediction.results import ResultFile, coco_results
 from cyclekd.integrations.tokenpose.prediction.video import Video, write_video
 
 ROOT = Path(__file__).parents[1]
@@ -166,6 +171,7 @@ def test_a_person_scores_their_box_times_their_sure_key_points(predictor):
     expected = rescore(torch.from_numpy(found.scores), torch.tensor([0.5, 0.25]))
     np.testing.assert_allclose(found.person_scores, expected)
     assert found.person_scores[1] != found.person_scores[0] > 0
+    assert predictor(picture(3), [(0, 0, 40, 60)]).person_scores[0] == pytest.approx(2 * found.person_scores[0])
 
 
 def test_bf16_moves_key_points_by_little():
@@ -176,12 +182,47 @@ def test_bf16_moves_key_points_by_little():
     exact, half = (PosePredictor(model, skeleton=THREE, precision=each)(image) for each in ("fp32", "bf16"))
     assert exact.keypoints.dtype == half.keypoints.dtype == np.float32
     assert 0 < np.abs(exact.scores - half.scores).max() < 0.01 and np.abs(exact.keypoints - half.keypoints).max() < 3
+    averaged = torch.from_numpy(half.scores)
+    assert (averaged != averaged.bfloat16().float()).any()  # with the mirrored image's, in float32
 
 
 def test_a_model_in_training_of_several_cycles_is_used_in_evaluation():
     model = lively().train()
-    PosePredictor(model)(picture(4))
+    predict = PosePredictor(model)
+    expected = predict(picture(4))
     assert not model.training
+    model.train()  # as a training does that goes on
+    assert_same(predict(picture(4)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_in_half_precision_is_refused(dtype):
+    with pytest.raises(PoseError, match=rf"weights are {dtype}: pass model.float\(\), and precision='bf16'"):
+        PosePredictor(lively().to(dtype))
+
+
+def test_the_model_goes_to_the_device():
+    assert next(PosePredictor(lively(), device="meta").model.parameters()).is_meta
+
+
+def test_an_image_that_must_not_be_written_to_is_read_without_a_warning(predictor, recwarn):
+    image = picture(5)
+    image.flags.writeable = False
+    predictor(image)
+    assert not recwarn.list
+
+
+def test_a_model_that_runs_several_cycles_in_use_gives_its_last_ones_key_points():
+    model = lively("tokenpose_s_v1")
+    one = PosePredictor(model)(picture(4))
+    two = PosePredictor(wrap_multicycle(model, 2, inference_cycles=2))(picture(4))
+    assert one.keypoints.shape == two.keypoints.shape and (one.scores != two.scores).any()
+
+
+def test_boxes_of_every_size_are_cut_out_of_the_image(predictor):
+    boxes = [(3, 4, 0.01, 0.02), (-4e5, -4e5, 1e6, 1e6), (89.9, 69.9, 0.5, 0.5)]
+    found = predictor(picture(5), boxes)
+    assert np.isfinite(found.scores).all() and found.keypoints.shape == (3, 17, 2)
 
 
 # -- boxes ------------------------------------------------------------------------------------------------------
@@ -210,15 +251,20 @@ def test_nobody_to_look_for_gives_nobody(predictor, nobody):
     "boxes, words",
     [
         ([(1, 1, 5, 5), (3, 4, 0, 9)], r"box 1 is \[3.0, 4.0, 0.0, 9.0\].*90 x 70 px; leave it out"),
-        ([(1, 1, -5, 5)], "box 0.*size above 0"),
-        ([(90, 0, 5, 5)], "some of the image in it"),
-        ([(-5, 0, 5, 5)], "some of the image in it"),
+        ([(1, 1, -5, 5)], "box 0.*sides from 0.01"),
+        ([(90, 0, 5, 5)], "in it some of the image"),
+        ([(-5, 0, 5, 5)], "in it some of the image"),
+        ([(0, 70, 5, 5)], "in it some of the image"),
+        ([(0, -5, 5, 5)], "in it some of the image"),
         ([(float("nan"), 0, 5, 5)], "box 0 is .nan"),
         ([(0, 0, float("inf"), 5)], "box 0"),
         ((1, 2, 3, 4), r"these \[4\].*one box alone is \[box\]"),
         ([(1, 2, 3, 4, 5)], r"these \[1, 5\]"),
         ([(1, 2, 3, 4), (1, 2)], "boxes are .N, 4."),
         (Boxes([(1, 2, 3, 4)], [0.5, 0.5]), r"scores \[N\], and these \[1, 4\] and \[2\]"),
+        (Boxes([(1, 2, 3, 4)], [float("nan")]), "with the score nan.*a finite score"),
+        ([(1, 2, 3, 1e-30)], "sides from 0.01 to 1e.06 px"),
+        ([(1, 2, 1e30, 4)], "sides from 0.01"),
     ],
 )
 def test_boxes_that_cannot_be_used_are_said(predictor, boxes, words):
@@ -267,6 +313,37 @@ def test_photographs_are_turned_upright(tmp_path):
     exif[0x0112] = 6  # taken with the camera turned: show it turned by 90 degrees clockwise
     Image.fromarray(picture(9)).save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(load_image(tmp_path / "turned.png"), np.rot90(picture(9), -1))
+
+
+def test_cmyk_and_one_bit_images_become_rgb_and_an_animation_its_first_picture(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
+    assert load_image(tmp_path / "print.jpg")[4, 4].tolist() == [255, 0, 0]
+    Image.new("1", (8, 8), 1).save(tmp_path / "bit.png")
+    assert (load_image(tmp_path / "bit.png") == 255).all()
+    first, second = Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8), (0, 0, 255))
+    first.save(tmp_path / "moving.png", save_all=True, append_images=[second])
+    assert load_image(tmp_path / "moving.png")[4, 4].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "dtype, ending", [(np.uint16, "png"), (np.uint16, "tif"), (np.int32, "tif"), (np.float32, "tif")]
+)
+def test_pictures_with_more_than_8_bits_are_refused_not_made_white(dtype, ending, tmp_path):
+    path = tmp_path / f"deep.{ending}"
+    Image.fromarray(np.arange(0, 4096 * 16, 1024).astype(dtype).reshape(8, 8)).save(path)
+    with pytest.raises(PoseError, match=rf"deep\.{ending} cannot be read.*more than 8 bits per pixel.*save it with 8"):
+        load_image(path)
+
+
+def test_whatever_pillow_stumbles_over_is_said(tmp_path, monkeypatch):
+    Image.fromarray(picture(0)).save(tmp_path / "a.png")
+
+    def broken(image):
+        raise struct.error("unpack requires a buffer of 2 bytes")  # of a broken note on how the camera was held
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", broken)
+    with pytest.raises(PoseError, match=r"a\.png cannot be read as an image: unpack requires"):
+        load_image(tmp_path / "a.png")
 
 
 def test_files_that_are_no_image_are_said(tmp_path):
@@ -326,7 +403,7 @@ def test_images_are_read_as_they_are_needed(predictor, photos):
     for _ in range(4):
         next(stream)
     stream.close()
-    assert len(taken) < 20
+    assert 4 < len(taken) < 20  # some are decoded ahead
 
 
 def test_one_unreadable_image_stops_unless_it_is_taken_care_of(predictor, photos):
@@ -334,9 +411,40 @@ def test_one_unreadable_image_stops_unless_it_is_taken_care_of(predictor, photos
     with pytest.raises(PoseError, match=r"1\.png cannot be read"):
         list(predictor.predict_images(photos))
     left_out = []
-    found = list(predictor.predict_images(photos, on_unreadable=lambda *what: left_out.append(what)))
+    found = list(predictor.predict_images(photos, on_left_out=lambda *what: left_out.append(what)))
     assert [each.source for each in found] == [photos[0], *photos[2:]]
     assert left_out[0][0] == photos[1] and isinstance(left_out[0][1], PoseError) and len(left_out) == 1
+
+
+def test_an_image_with_a_box_that_cannot_be_used_is_left_out_like_one_that_cannot_be_read(predictor, photos):
+    boxes = {path.name: [(0, 0, 40, 50)] for path in photos} | {"2.png": [(0, 0, 40, 50), (0, 0, 0, 9)]}
+    with pytest.raises(PoseError, match=r"2\.png: box 1 is"):
+        list(predictor.predict_images(photos, boxes))
+    left_out = []
+    found = list(predictor.predict_images(photos, boxes, on_left_out=lambda *what: left_out.append(what)))
+    assert [each.source for each in found] == [*photos[:2], photos[3]]
+    assert left_out[0][0] == photos[2] and "box 1 is" in str(left_out[0][1]) and len(left_out) == 1
+
+
+def test_images_of_nobody_do_not_wait_for_ever(predictor, monkeypatch):
+    monkeypatch.setattr("cyclekd.integrations.tokenpose.prediction.predictor.MOST_WAITING", 5 * 70 * 90 * 3)
+    predictor.batch_size, taken = 32, []
+    images = (taken.append(seed) or picture(0) for seed in range(60))
+    first = next(predictor.predict_images(images, detector=lambda image: Boxes([], [])))
+    assert first.poses.keypoints.shape == (0, 17, 2) and len(taken) < 30
+
+
+def test_the_progress_bar_counts_images_of_people_and_those_left_out(predictor, photos, monkeypatch):
+    updates = []
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            updates.append(n)
+
+    monkeypatch.setattr("cyclekd.integrations.tokenpose.prediction.predictor.tqdm", Bar)
+    photos[1].write_text("no picture")
+    list(predictor.predict_images(photos, on_left_out=lambda *_: None))
+    assert updates == [1] * 4
 
 
 def test_boxes_and_detector_exclude_each_other_and_every_image_needs_its_boxes(predictor, photos):
@@ -357,6 +465,13 @@ def test_people_found_twice_by_a_detector_are_given_once():
     assert len(predict(spots(places), boxes).boxes) == 3
 
 
+def test_people_are_not_told_apart_without_sigmas(predictor, photos):
+    without = PosePredictor(predictor.model, skeleton=replace(COCO, sigmas=()))
+    assert len(list(without.predict_images(photos))) == 4
+    with pytest.raises(PoseError, match=r'17 sigmas.*this skeleton has 0: add "sigmas".*\[0\.05\] \* 17'):
+        list(without.predict_images(photos, detector=lambda image: Boxes([], [])))
+
+
 # -- detectors --------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +484,7 @@ class StandIn(nn.Module):
         self.config = SimpleNamespace(id2label=dict(enumerate(labels)))
 
     def forward(self, pixel_values):
+        assert not self.training
         return pixel_values
 
     def processor(self, images, return_tensors):
@@ -412,6 +528,15 @@ def test_a_detector_that_knows_no_people_or_cannot_be_had_is_refused(tmp_path):
         detector((0.9, 1, 0, 0, 9, 9), labels=("cat", "dog"))
     with pytest.raises(PoseError, match="pass its processor too"):
         HFDetector(StandIn((0.9, 1, 0, 0, 9, 9)))
+    for threshold in (50, -0.1, float("nan")):
+        with pytest.raises(PoseError, match=r"scores are from 0 to 1"):
+            detector((0.9, 1, 0, 0, 9, 9), threshold=threshold)
+
+
+def test_a_detector_without_transformers_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(PoseError, match="pip install transformers"):
+        HFDetector("facebook/detr-resnet-50")
 
 
 @pytest.mark.slow  # importing transformers takes seconds
@@ -480,12 +605,76 @@ def test_boxes_are_read_from_every_form_that_is_promised(tmp_path):
             assert boxes["b.jpg"].boxes.shape == (0, 4)
 
 
-@pytest.mark.parametrize("content", ["{", "3", '[{"bbox": [1, 2, 3, 4]}]', '{"a.jpg": 3}', '{"a.jpg": [[1, 2]]}'])
+def test_people_of_a_file_are_those_of_its_own_category(tmp_path):
+    images, boxes = [{"id": 1, "file_name": "a.jpg"}], [[1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]]
+    annotations = [{"image_id": 1, "bbox": box, "category_id": number} for number, box in enumerate(boxes)]
+    path = tmp_path / "boxes.json"
+    for people, expected in (
+        ([{"id": 0, "name": "player", "keypoints": ["nose"]}, {"id": 2, "name": "ball"}], [boxes[0]]),
+        ([{"id": 2, "name": "person"}, {"id": 1, "name": "ball"}], [boxes[2]]),
+        ([], [boxes[1]]),
+    ):
+        path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": people}))
+        assert read_boxes(path)["a.jpg"].boxes.tolist() == expected
+
+
+def test_image_ids_are_read_from_every_form_that_has_them(tmp_path):
+    path = tmp_path / "boxes.json"
+    images = [{"id": 17, "file_name": "train/a.jpg"}, {"id": 4, "file_name": "b.jpg"}]
+    rows = [*coco_results(poses(), 17, "a.jpg"), {"file_name": "c.jpg", "bbox": [1, 2, 3, 4]}]
+    for content, expected in (
+        ({"images": images, "annotations": []}, {"a.jpg": 17, "b.jpg": 4}),
+        (rows, {"a.jpg": 17}),
+        ({"a.jpg": [[1, 2, 3, 4]]}, {}),
+    ):
+        path.write_text(json.dumps(content))
+        assert read_image_ids(path) == expected
+
+
+def test_one_name_in_two_folders_is_refused(tmp_path):
+    path = tmp_path / "boxes.json"
+    path.write_text(json.dumps({"one/a.jpg": [[1, 2, 3, 4]], "two/a.jpg": []}))
+    with pytest.raises(PoseError, match=r"has both one/a\.jpg and two/a\.jpg, and names count without their folders"):
+        read_boxes(path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "3",
+        '"a.jpg"',
+        '[{"bbox": [1, 2, 3, 4]}]',
+        '{"a.jpg": 3}',
+        '{"a.jpg": [[1, 2]]}',
+        '{"a.jpg": [[1, 2], [3, 4]]}',
+    ],
+)
 def test_files_that_are_no_boxes_are_said(tmp_path, content):
     path = tmp_path / "boxes.json"
     path.write_text(content)
     with pytest.raises(PoseError, match=r"boxes\.json cannot be read as boxes.*a COCO annotation file"):
         read_boxes(path)
+
+
+def test_a_result_file_is_written_row_by_row_and_appears_when_it_is_whole(tmp_path):
+    path, rows = tmp_path / "found.json", coco_results(poses(), 1, "a.jpg")
+    with ResultFile(path) as file:
+        file.write(rows)
+        assert not path.exists()
+        file.write([])
+        file.write([{"score": float("nan")}])
+    assert file.count == 3 and json.loads(path.read_text()) == [*rows, {"score": "NaN"}]
+    assert len(path.read_text().splitlines()) == 3 + 2  # and the brackets
+    with ResultFile(tmp_path / "empty.json"):
+        pass
+    assert json.loads((tmp_path / "empty.json").read_text()) == []
+    with pytest.raises(KeyboardInterrupt), ResultFile(tmp_path / "half.json") as file:
+        file.write(rows)
+        raise KeyboardInterrupt
+    assert {each.name for each in tmp_path.iterdir()} == {"found.json", "empty.json"}
+    with pytest.raises(PoseError, match=r"cannot write .*nowhere.*No such file"), ResultFile(tmp_path / "nowhere/a"):
+        pass
 
 
 # -- video ------------------------------------------------------------------------------------------------------
@@ -509,6 +698,8 @@ def test_a_film_comes_back_as_it_was_written(tmp_path):
         assert len(frames) == 5 and all(frame.dtype == np.uint8 for frame in frames)
         assert np.mean([np.abs(a.astype(int) - b) for a, b in zip(frames, film(), strict=True)]) < 4
     assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]
+    write_video(tmp_path / "ntsc.MP4", film(), 30000 / 1001)
+    assert Video(tmp_path / "ntsc.MP4").fps == pytest.approx(30000 / 1001)
 
 
 def test_frames_of_odd_sizes_lose_their_last_row_or_column(tmp_path):
@@ -550,12 +741,46 @@ def test_no_film_is_written_over_and_half_a_film_is_not_left(tmp_path, predictor
     assert (tmp_path / "film.mp4").read_text() == "mine"
     with pytest.raises(PoseError, match=r"film\.mp4 cannot be read as a video"):
         Video(tmp_path / "film.mp4")
+    with wave.open(str(tmp_path / "sound.mp4"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(4000))
+    with pytest.raises(PoseError, match=r"sound\.mp4 cannot be read as a video: there are no pictures in it"):
+        Video(tmp_path / "sound.mp4")
     with pytest.raises(PoseError, match=r"name it \.mp4"):
         write_video(tmp_path / "film.gif", film(), 25)
     with pytest.raises(PoseError, match="no frame"):
         write_video(tmp_path / "empty.mp4", [], 25)
     with pytest.raises(PoseError, match="cannot be written"):
         write_video(tmp_path / "nowhere/film.mp4", film(), 25)
+    for fps in (0, -5, float("nan"), float("inf")):
+        with pytest.raises(PoseError, match="a number above 0, such as 25"):
+            write_video(tmp_path / "b.mp4", film(), fps)
+    for frame in (film()[0][..., 0], film()[0] / 255, film()[0][:1]):
+        with pytest.raises(PoseError, match=r"frames are uint8 \[H, W, 3\] of 2 x 2 pixels or more, and this one"):
+            write_video(tmp_path / "b.mp4", [frame], 25)
+    assert not list(tmp_path.glob("*b*.mp4"))
+
+
+def test_a_film_that_breaks_off_says_where_and_what_to_do(tmp_path):
+    pytest.importorskip("av")
+    write_video(tmp_path / "film.mp4", [picture(number, (64, 48)) for number in range(40)], 25)
+    content = bytearray((tmp_path / "film.mp4").read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 3000] = bytes(3000)
+    (tmp_path / "film.mp4").write_bytes(content)
+    with pytest.raises(PoseError, match=r"film\.mp4 cannot be read on after frame [1-9]\d*: .*ffmpeg -i"):
+        list(Video(tmp_path / "film.mp4"))
+
+
+def test_a_pyav_that_cannot_tell_rotation_or_write_h264_is_refused(tmp_path, monkeypatch):
+    old = SimpleNamespace(VideoFrame=object, __version__="12.3.0")
+    monkeypatch.setitem(sys.modules, "av", old)
+    with pytest.raises(PoseError, match=r"PyAV 14 or later, and this is 12\.3\.0"):
+        Video(tmp_path / "film.mp4")
+    without = SimpleNamespace(VideoFrame=SimpleNamespace(rotation=0), codecs_available={"mpeg4"})
+    monkeypatch.setitem(sys.modules, "av", without)
+    with pytest.raises(PoseError, match=r"cannot write H\.264 \(libx264\); the one of pip install av can"):
+        write_video(tmp_path / "film.mp4", film(), 25)
 
 
 def test_frames_are_predicted_like_images(tmp_path, predictor):
@@ -646,34 +871,98 @@ def test_a_run_folder_a_single_photo_and_boxes_from_a_file(start, saved, photos,
     assert len(list((tmp_path / "all").glob("*.png"))) == 4
 
 
-def test_flip_and_no_flip_differ(start, photos, tmp_path):
-    for option in ("--flip", "--no-flip"):
-        assert start(photos[0], tmp_path / option, option)[0] == 0
-    one, other = (json.loads((tmp_path / name / "predictions.json").read_text()) for name in ("--flip", "--no-flip"))
-    assert one[0]["keypoints"] != other[0]["keypoints"]
+def test_flip_no_flip_and_bf16_differ(start, photos, tmp_path):
+    found = []
+    for name, options in {"flip": ["--flip"], "plain": ["--no-flip"], "half": ["--precision", "bf16"]}.items():
+        assert start(photos[0], tmp_path / name, *options)[0] == 0
+        found.append(json.loads((tmp_path / name / "predictions.json").read_text())[0]["keypoints"])
+    assert found[0] != found[1] and found[0] != found[2]
+
+
+def test_a_photo_may_be_called_in_capitals_and_a_full_disk_is_said(start, photos, tmp_path, monkeypatch):
+    photos[0].rename(tmp_path / "A.PNG")
+    assert start(tmp_path / "A.PNG", tmp_path / "found")[0] == 0 and (tmp_path / "found/A.PNG").is_file()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    code, _, errors = start(tmp_path / "A.PNG", tmp_path / "full")
+    assert code == 2 and "No space left on device" in errors and not list((tmp_path / "full").iterdir())
 
 
 def test_an_unreadable_photo_is_left_out_and_counted(start, photos, tmp_path):
     photos[1].write_bytes(b"no picture")
     code, printed, errors = start(photos[0].parent, tmp_path / "found")
-    assert code == 0 and "3 images, 1 that could not be read, 3 people" in printed
+    assert code == 0 and "3 images, 1 left out, 3 people" in printed
     assert "left out" in errors and "1.png cannot be read" in errors
+
+
+def test_a_photo_with_a_bad_box_is_left_out_and_counted(start, photos, tmp_path):
+    boxes = tmp_path / "boxes.json"
+    boxes.write_text(json.dumps({"0.png": [[0, 0, 9, 9]], "1.png": [[0, 0, 9, 9], [500, 0, 9, 9]]}))
+    code, printed, errors = start(photos[0].parent, tmp_path / "found", "--boxes", boxes)
+    assert code == 0 and "3 images, 1 left out, 1 people" in printed and "1.png: box 1 is" in errors
+
+
+def test_results_carry_the_image_ids_of_the_annotation_file(start, photos, tmp_path):
+    file = tmp_path / "annotations.json"
+    images = [{"id": 70 + number, "file_name": f"{number}.png"} for number in range(3)]
+    annotations = [{"image_id": image["id"], "bbox": [0, 0, 30, 40], "category_id": 1} for image in images]
+    file.write_text(json.dumps({"images": images, "annotations": annotations}))
+    assert start(photos[0].parent, tmp_path / "found", "--boxes", file)[0] == 0
+    rows = json.loads((tmp_path / "found/predictions.json").read_text())
+    assert [(row["file_name"], row["image_id"]) for row in rows] == [(f"{n}.png", 70 + n) for n in range(3)]
+
+
+@pytest.mark.parametrize("name", ["holiday", "03"], ids=["a name", "an id that another has"])
+def test_photos_that_are_not_named_by_ids_are_counted(name, start, photos, tmp_path):
+    photos[1].rename(photos[1].with_name(f"{name}.png"))
+    assert start(photos[0].parent, tmp_path / "found")[0] == 0
+    rows = json.loads((tmp_path / "found/predictions.json").read_text())
+    assert [row["image_id"] for row in rows] == [1, 2, 3, 4]
+    assert [row["file_name"] for row in rows] == sorted(["0.png", "2.png", "3.png", f"{name}.png"])
+
+
+def test_the_commands_detector_is_asked_about_every_picture(start, example, photos, tmp_path, monkeypatch):
+    def detector(*settings):
+        assert settings == ("some/detector", 0.25, "cpu")
+        return lambda image: Boxes([(1, 2, 30, 40), (20, 20, 40, 30)], [0.9, 0.8])
+
+    monkeypatch.setattr(example, "HFDetector", detector)
+    options = ("--detector", "some/detector", "--detector-threshold", 0.25)
+    assert "4 images, 8 people" in start(photos[0].parent, tmp_path / "found", *options)[1]
+    pytest.importorskip("av")
+    write_video(tmp_path / "film.mp4", film(), 25)
+    assert "5 frames, 10 people" in start(tmp_path / "film.mp4", tmp_path / "frames", *options, "--frames")[1]
+
+
+def test_the_help_says_what_a_model_may_be(example, capsys):
+    with pytest.raises(SystemExit) as end:
+        example.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and "MODEL is the folder of a training" in text and "without sound" in text
 
 
 def test_a_film_gets_skeletons_as_a_film_or_as_frames(start, tmp_path):
     pytest.importorskip("av")
     write_video(tmp_path / "film.mp4", film(), 12.5)
-    code, printed, _ = start(tmp_path / "film.mp4", tmp_path / "found", "--threshold", -9)
+    (tmp_path / "film.mp4").rename(tmp_path / "film.MP4")
+    code, printed, _ = start(tmp_path / "film.MP4", tmp_path / "found", "--threshold", -9)
     assert code == 0 and "5 frames, 5 people" in printed and "frames/s on cpu" in printed
     drawn = Video(tmp_path / "found/film.mp4")
     assert (drawn.fps, drawn.count) == (12.5, 5)
-    difference = np.abs(next(iter(drawn)).astype(int) - next(iter(Video(tmp_path / "film.mp4"))))
+    difference = np.abs(next(iter(drawn)).astype(int) - next(iter(Video(tmp_path / "film.MP4"))))
     assert difference.max() > 50
     rows = json.loads((tmp_path / "found/predictions.json").read_text())
     assert [row["image_id"] for row in rows] == [1, 2, 3, 4, 5]
-    assert start(tmp_path / "film.mp4", tmp_path / "frames", "--frames")[0] == 0
+    assert start(tmp_path / "film.MP4", tmp_path / "frames", "--frames", "--threshold", 99)[0] == 0
+    difference = np.abs(
+        load_image(tmp_path / "frames/000001.jpg").astype(int) - next(iter(Video(tmp_path / "film.MP4")))
+    )
+    assert difference.max() < 50  # no key point scores 99
     assert sorted(path.name for path in (tmp_path / "frames").glob("*.jpg")) == [f"{n:06}.jpg" for n in range(1, 6)]
-    code, _, errors = start(tmp_path / "film.mp4", tmp_path / "no", "--boxes", "boxes.json")
+    code, _, errors = start(tmp_path / "film.MP4", tmp_path / "no", "--boxes", "boxes.json")
     assert code == 2 and "--boxes is for photographs" in errors
 
 
@@ -693,6 +982,7 @@ def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(start, photos, tm
         "and the skeleton 14": (photos[0], tmp_path / "e", "--skeleton", "crowdpose"),
         "at least one person in a batch": (photos[0], tmp_path / "f", "--batch", 0),
         "has nothing: a file of key points": (photos[0], tmp_path / "g", "--skeleton", text),
+        "no such file; write coco, crowdpose, or an annotation file": (photos[0], tmp_path / "j", "--skeleton", "hand"),
     }
     for words, arguments in wrong.items():
         code, printed, errors = start(*arguments)
@@ -702,4 +992,4 @@ def test_what_a_user_can_put_right_is_one_line_and_exit_code_2(start, photos, tm
     code, _, errors = start(photos[0], tmp_path / "h", model=tmp_path / "nowhere")
     assert code == 2 and "nowhere" in errors
     photos[0].write_text("no picture")
-    assert "none of the 1 files" in start(photos[0], tmp_path / "i")[2]
+    assert "none of the 1 files in" in start(photos[0], tmp_path / "i")[2]

@@ -31,10 +31,10 @@ NOTHING = ViewSettings(shift_probability=0, flip=0, half_body=0, scale=0, rotati
 SMALL = View(torch.tensor([14.3, 21.0]), torch.tensor([0.12, 0.16]), torch.tensor(25.0), torch.tensor(True))
 
 
-def person(skeleton: Skeleton = COCO, unlabelled: tuple[int, ...] = ()) -> Tensor:
+def person(skeleton: Skeleton = COCO, unlabelled: tuple[int, ...] = (), x: float = 3, y: float = 6) -> Tensor:
     """Key points [K, 3] on a spiral round the centre; those not labelled are (0, 0, 0), as in COCO's files."""
     k = torch.arange(len(skeleton.names)).double()
-    points = torch.stack((310 + 3 * k * torch.cos(k), 205 + 6 * k * torch.sin(1.3 * k), 1 + k % 2), 1)
+    points = torch.stack((310 + x * k * torch.cos(k), 205 + y * k * torch.sin(1.3 * k), 1 + k % 2), 1)
     points[list(unlabelled)] = 0
     return points
 
@@ -101,10 +101,20 @@ def step_by_step(
 
 
 @pytest.mark.parametrize(
-    ("skeleton", "settings"), [(COCO, ViewSettings()), (CROWDPOSE, ViewSettings.crowdpose())], ids=["coco", "crowdpose"]
+    ("keypoints", "skeleton", "settings"),
+    [
+        (person(COCO, (4, 9)), COCO, ViewSettings()),
+        (person(COCO, (4, 9), x=9, y=2), COCO, ViewSettings()),
+        (person(COCO, (11, 12, 14)), COCO, ViewSettings()),
+        (person(COCO, tuple(range(8))), COCO, ViewSettings()),
+        (person(CROWDPOSE, (4, 9)), CROWDPOSE, ViewSettings.crowdpose()),
+    ],
+    ids=["coco", "wide", "three of the lower half", "three of the upper half", "crowdpose"],
 )
-def test_views_equal_mmposes_steps_on_a_mirrored_image(skeleton: Skeleton, settings: ViewSettings) -> None:
-    keypoints, ours, theirs, seen = person(skeleton, unlabelled=(4, 9)), generator(), generator(), set()
+def test_views_equal_mmposes_steps_on_a_mirrored_image(
+    keypoints: Tensor, skeleton: Skeleton, settings: ViewSettings
+) -> None:
+    ours, theirs, seen = generator(), generator(), set()
     for _ in range(150):
         view = stack_views([sample_view(CENTER, SCALE, keypoints, skeleton, settings, ours)])
         matrix, moved, done = step_by_step(keypoints.tolist(), skeleton, settings, theirs)
@@ -156,8 +166,9 @@ def test_every_step_is_as_frequent_and_as_large_as_in_the_paper() -> None:
 
 
 def test_nothing_drawn_is_the_plain_view() -> None:
-    drawn, plain = views(NOTHING, 3), stack_views([plain_view(CENTER, SCALE)] * 3)
-    assert all(torch.equal(a, b) for a, b in zip(drawn, plain, strict=True))
+    plain = stack_views([plain_view(CENTER, SCALE)] * 3)
+    for settings in (NOTHING, ViewSettings(shift=0, flip=0, half_body=0, scale=0, rotation=0)):
+        assert all(torch.equal(a, b) for a, b in zip(views(settings, 3), plain, strict=True))
     matrices = crop_matrices(CENTER[None], SCALE[None], torch.zeros(1), SIZE)
     assert torch.equal(view_matrices(plain, SIZE)[:1], matrices)
     aligned = crop_matrices_aligned(CENTER[None], SCALE[None], torch.zeros(1), SIZE)

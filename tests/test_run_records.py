@@ -282,6 +282,11 @@ def test_the_picture_shows_every_term_and_metric_and_the_rate(tmp_path, figures)
     assert set(panel(figure, "learning rate").lines[0].get_ydata()) == {1e-3}
 
 
+def test_the_picture_can_show_some_metrics_alone(tmp_path, figures):
+    draw_curves(tmp_path / "curves.png", records(100), "title", measures=("top1",))
+    assert [line.get_label() for line in panel(figures[0], "evaluation").lines] == ["top1, cycle 1", "top1, cycle 2"]
+
+
 def test_a_loss_that_may_be_negative_keeps_a_linear_axis(tmp_path, figures):
     draw_curves(
         tmp_path / "curves.png", [{"kind": "train", "step": s, "loss": 100.0**s - 150} for s in (1, 2)], "title"

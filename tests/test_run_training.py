@@ -211,7 +211,7 @@ def test_curves_are_drawn_of_the_log_at_every_evaluation(
     training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[Path, int]] = []
-    monkeypatch.setattr(module, "draw_curves", lambda path, log, title: drawn.append((path, log[-1]["step"])))
+    monkeypatch.setattr(module, "draw_curves", lambda path, log, *_: drawn.append((path, log[-1]["step"])))
     run = training(rhythm=Rhythm(evaluate_every=2))
     run.run()
     assert drawn == [(run.folder.curves, 10), (run.folder.curves, 20)]

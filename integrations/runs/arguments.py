@@ -35,6 +35,7 @@ FREE_ON_RESUME = {
     "accumulate",
     "processes",
     "cache_dir",
+    "threads",
 }
 """Settings that a resumed run may change; of those that share out the global batch, only their product may not."""
 
@@ -73,6 +74,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="also send every record to Accelerate's trackers: tensorboard, wandb, trackio, ...",
     )
     add("--cpu", action="store_true", help="use the CPU where a GPU is there too")
+    add("--threads", type=int, metavar="N", help="of a process on the CPU (default: 1, which accelerate launch sets)")
     add(
         "--mixed-precision",
         choices=["no", "bf16", "fp16"],
@@ -128,6 +130,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         raise RunError(f"--seed {args.seed}: has to be at least 0")
     if args.workers is not None and args.workers < 0:
         raise RunError(f"--workers {args.workers}: 0 reads in the training process itself, below that is nothing")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise RunError(f"--threads {args.threads}: has to be at least 1")
+        torch.set_num_threads(args.threads)
     accelerator = Accelerator(
         cpu=args.cpu,
         mixed_precision=_mixed_precision(args),

@@ -60,7 +60,7 @@ def _front_matter(library: str, base_model: str | None, datasets: Sequence[str])
         lines.append(f"base_model: {_quoted(base_model)}")
     if on_the_hub:
         lines.append(f"datasets: {_quoted(on_the_hub)}")
-    lines.append(f"tags: {_quoted([library, *TAGS])}")
+    lines.append(f"tags: {_quoted(list(dict.fromkeys([library, *TAGS])))}")
     return "\n".join(["---", *lines, "---"])
 
 

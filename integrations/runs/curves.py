@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from io import BytesIO
 from itertools import cycle, product
 from pathlib import Path
@@ -32,18 +32,25 @@ NOT_DRAWN_STARTS, NOT_DRAWN_ENDS = ("alpha_", "mse_", "memory"), ("_per_second",
 Line = tuple[list[float], list[float]]  # x, y
 
 
-def draw_curves(path: Path, records: list[dict[str, object]], title: str) -> None:
+def draw_curves(
+    path: Path, records: list[dict[str, object]], title: str, measures: Collection[str] | None = None
+) -> None:
     """Draw a PNG from `Log.read()`'s records; an earlier picture is replaced at once.
 
     Of records of kind "train": `lr`, and every float that is a loss term. Of kind "evaluation": every float, over
-    `epoch` where the records have it; one colour per cycle. Integers are counts and not drawn.
+    `epoch` where the records have it; one colour per cycle; with `measures` only those. Integers are counts and not
+    drawn.
 
     Errors: RunError where it cannot be written.
     """
     train = [record for record in records if record.get("kind") == "train"]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
     over = "epoch" if any("epoch" in record for record in evaluations) else "step"
-    measured = _lines(evaluations, over)
+    measured = {
+        name: line
+        for name, line in _lines(evaluations, over).items()
+        if measures is None or measure_and_cycles(name)[0] in measures
+    }
     losses = {name: line for name, line in measured.items() if name.startswith("loss")}  # of another scale
     metrics = {name: line for name, line in measured.items() if name not in losses}
 

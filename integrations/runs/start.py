@@ -32,9 +32,10 @@ def open_run(
     return folder
 
 
-def report(error: RunError, accelerator: Accelerator | None = None) -> int:
+def report(error: Exception, accelerator: Accelerator | None = None) -> int:
     """The message on stderr; the exit code 2. What all processes raise is said by the main one alone."""
-    message = str(error).rsplit("RunError: ", 1)[-1].strip()  # one from a loader's worker carries its traceback
+    # one from a loader's worker carries its traceback
+    message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
     if accelerator is None or accelerator.is_main_process:
         print(f"error: {message}", file=sys.stderr, flush=True)
     elif not getattr(error, "shared", False):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -113,6 +113,8 @@ class Training:
     rhythm: Rhythm = field(default_factory=Rhythm)
     problem_of: Callable[[int], str] | None = None
     """What was wrong with a sample that was skipped, for the log."""
+    measures: Collection[str] | None = None
+    """Those that the curves show; all of them unless told."""
 
     def __post_init__(self) -> None:
         self.log, self.meter = Log(self.folder.log), Meter()
@@ -312,7 +314,7 @@ class Training:
 
         def write() -> None:
             self.log.write("evaluation", step, **self.metrics, skipped=len(self.skipped))
-            draw_curves(self.folder.curves, self.log.read(), self.folder.path.name)
+            draw_curves(self.folder.curves, self.log.read(), self.folder.path.name, self.measures)
 
         on_main_process(self.accelerator, write)
         bar.message(describe(self.metrics))

@@ -7,9 +7,11 @@ its key points are. CrowdPose's images carry a `crowdIndex`, and its persons no 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from math import hypot
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,11 @@ Record = dict[str, Any]
 AREA_PER_BOX = 0.53
 """Area of a person per area of its box, where a file gives no area; CrowdPose's evaluation always uses it."""
 
-SIDES = (("left_", "right_"), ("l_", "r_"))
+IMMENSE = 1e9
+"""No length in pixels is longer; float32, in which they are kept, ends later."""
+
+OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
+"""Words in the names of key points that a mirrored image exchanges."""
 
 UPPER_BODY = ("nose", "eye", "ear", "mouth", "head", "neck", "shoulder", "elbow", "wrist", "hand", "chest", "thorax")
 """Words in the names of key points that half-body augmentation counts to the upper half."""
@@ -46,28 +52,33 @@ class AnnotationFile:
         """Whether images say how crowded they are, so that AP is split by it."""
         return any("crowdIndex" in image for image in self.images.values())
 
+    def has_image(self, image_id: object) -> bool:
+        return is_id(image_id) and image_id in self.images
+
 
 def read_annotations(path: Path) -> AnnotationFile:
     """The file at `path`. Errors: PoseError for one that cannot be read, or that cannot be used as a whole."""
     content = read_json(path)
     if not isinstance(content, dict) or "images" not in content or "categories" not in content:
-        seen = f"has {', '.join(content) or 'nothing'}" if isinstance(content, dict) else f"is a {_kind(content)}"
+        kind = type(content).__name__
+        seen = f"has {', '.join([*content][:5]) or 'nothing'}" if isinstance(content, dict) else f"is a {kind}"
         raise PoseError(f"{path} {seen}: a file of key points in COCO's layout has images, annotations and categories")
     images = _by_id(path, "images", _records(path, content, "images"))
-    annotations = _by_id(path, "annotations", _records(path, content, "annotations")).values()
+    annotations = list(_by_id(path, "annotations", _records(path, content, "annotations")).values())
+    categories = list(_by_id(path, "categories", _records(path, content, "categories")).values())
     if not images:
         raise PoseError(f"{path} has no images: the split is empty")
     _check_images(path, images)
-    category = _category(path, _records(path, content, "categories"))
+    category = _category(path, categories, annotations)
     persons = [each for each in annotations if each.get("category_id", category["id"]) == category["id"]]
     skeleton = _skeleton(path, category, images, persons)
     return AnnotationFile(Path(path), images, persons, len(annotations) - len(persons), category["id"], skeleton)
 
 
 def read_json(path: Path) -> Any:
-    """Errors: PoseError where there is no such file, or it is no JSON."""
+    """The content, without outlines. Errors: PoseError where there is no such file, or it is no JSON."""
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(Path(path).read_bytes(), object_hook=_without_outline)
     except OSError as error:
         raise PoseError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -79,16 +90,34 @@ def numbers(value: object, count: int) -> list[float] | None:
     return value if isinstance(value, list) and len(value) == count and set(map(type, value)) <= {int, float} else None
 
 
+def are_lengths(values: Sequence[float]) -> bool:
+    """Whether none is NaN, infinite or IMMENSE."""
+    try:
+        return hypot(*values) < IMMENSE
+    except OverflowError:  # JSON's whole numbers have no end, and floats do
+        return False
+
+
+def is_id(value: object) -> bool:
+    """Whether it is a whole number that fits into int64."""
+    return type(value) is int and abs(value) < 2**63  # True is an int too
+
+
 def area_of(person: Mapping[str, Any], box: Sequence[float]) -> float:
     """The annotated area, or where there is none AREA_PER_BOX times that of the box."""
     area = person.get("area")
-    return area if isinstance(area, int | float) else AREA_PER_BOX * box[2] * box[3]
+    return area if type(area) in (int, float) else AREA_PER_BOX * box[2] * box[3]
+
+
+def is_area(area: float) -> bool:
+    """Whether it is neither NaN, infinite or immense nor below 0."""
+    return 0 <= area < IMMENSE**2
 
 
 def require_sigmas(skeleton: Skeleton, sigmas: Sequence[float] | None, what: str) -> tuple[float, ...]:
     """K sigmas: `sigmas`, or where it is None the skeleton's. PoseError where there are none, or not K."""
     chosen, count = tuple(skeleton.sigmas if sigmas is None else sigmas), len(skeleton.names)
-    if len(chosen) == count and all(isfinite(sigma) and sigma > 0 for sigma in chosen):
+    if len(chosen) == count and all(0 < sigma < IMMENSE for sigma in chosen):
         return chosen
     if sigmas is None:
         raise PoseError(
@@ -99,6 +128,12 @@ def require_sigmas(skeleton: Skeleton, sigmas: Sequence[float] | None, what: str
 
 
 # -- images and annotations -------------------------------------------------------------------------------------
+
+
+def _without_outline(record: Record) -> Record:
+    """Outlines are most of COCO's files, and nothing here reads them: half the memory."""
+    record.pop("segmentation", None)
+    return record
 
 
 def _records(path: Path, content: Mapping[str, Any], name: str) -> list[Record]:
@@ -112,8 +147,11 @@ def _by_id(path: Path, name: str, records: list[Record]) -> dict[int, Record]:
     by_id: dict[int, Record] = {}
     for number, record in enumerate(records):
         key = record.get("id")
-        if not isinstance(key, int):
-            raise PoseError(f"{path}: number {number} of its {name} has the id {key!r}: ids are whole numbers")
+        if not is_id(key):
+            raise PoseError(
+                f"{path}: number {number} of its {name} has the id {key!r}: ids are whole numbers, such as 7, and not "
+                '7.0 or "7"; where other records name this one, change it there too'
+            )
         if key in by_id:
             raise PoseError(f"{path}: two of its {name} have the id {key}: every id stands for one, so renumber them")
         by_id[key] = record
@@ -125,26 +163,32 @@ def _check_images(path: Path, images: Mapping[int, Record]) -> None:
         name, height, width = (image.get(field) for field in ("file_name", "height", "width"))
         if not isinstance(name, str) or not name:
             raise PoseError(f"{path}: image {key} has no file_name")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if os.path.isabs(name) or ".." in re.split(r"[/\\]", name):
             raise PoseError(f"{path}: image {key} is at {name}, outside the folder of images: name it relative to that")
-        if not all(isinstance(size, int) and size > 0 for size in (height, width)):
+        if not all(type(size) is int and 0 < size < IMMENSE for size in (height, width)):
             raise PoseError(
-                f"{path}: image {key} ({name}) has height {height!r} and width {width!r}: both are needed, in pixels "
-                "of the file as it is stored (Pillow: width, height = Image.open(file).size)"
+                f"{path}: image {key} ({name}) has height {height!r} and width {width!r}: both are needed, as whole "
+                "numbers of pixels (Pillow: width, height = Image.open(file).size)"
             )
 
 
 # -- what the key points are ------------------------------------------------------------------------------------
 
 
-def _category(path: Path, categories: list[Record]) -> Record:
-    """The first with key points; else the first that is called person, or the only one."""
+def _category(path: Path, categories: list[Record], annotations: list[Record]) -> Record:
+    """The one with key points that annotations are of, the only one or the person."""
     named = [each for each in categories if each.get("keypoints")]
-    persons = [each for each in categories if each.get("name") == "person"]
-    for category in [*named, *persons, *categories[:1]]:
-        if isinstance(category.get("id"), int):
-            return category
-    raise PoseError(f"{path}: no category has an id and key points, as COCO's person has")
+    used = [each for each in named if any(annotation.get("category_id") == each["id"] for annotation in annotations)]
+    candidates = used or named or categories
+    persons = [each for each in candidates if each.get("name") == "person"]
+    if len(persons) == 1 or len(candidates) == 1:
+        return (persons or candidates)[0]
+    if not named:
+        raise PoseError(f"{path}: no category has key points, as COCO's person has, or is called person")
+    raise PoseError(
+        f"{path}: several categories have key points, {', '.join(str(each.get('name')) for each in candidates[:5])}: "
+        "give all whose key points are the same one category, and the others a file of their own"
+    )
 
 
 def _skeleton(path: Path, category: Record, images: Mapping[int, Record], persons: list[Record]) -> Skeleton:
@@ -184,11 +228,12 @@ def _known(names: tuple[str, ...]) -> Skeleton | None:
 
 
 def _sigmas(path: Path, category: Record, count: int) -> tuple[float, ...]:
-    if "sigmas" not in category:
+    given = category.get("sigmas")
+    if given is None:
         return ()
-    found = numbers(category["sigmas"], count)
-    if found is None or not all(isfinite(sigma) and sigma > 0 for sigma in found):
-        raise PoseError(f"{path}: sigmas are {count} numbers above 0, one per key point, and are {category['sigmas']}")
+    found = numbers(given, count)
+    if found is None or not all(0 < sigma < IMMENSE for sigma in found):
+        raise PoseError(f"{path}: sigmas are {count} numbers above 0, one per key point, and are {given}")
     return tuple(map(float, found))
 
 
@@ -198,7 +243,7 @@ def _flip_pairs(path: Path, category: Record, names: list[str]) -> tuple[tuple[i
     given = category.get("flip_pairs")
     if given is None:
         if alone or (not by_name and len(names) > 1):
-            seen = f"{alone[0]} has no other side" if alone else "no name begins with left_ and right_, or l_ and r_"
+            seen = f"{alone[0]} has no other side" if alone else "no name has the word left or right, or l or r"
             raise PoseError(
                 f'{path}: which key points a mirrored image exchanges is not known: {seen}. Add "flip_pairs" to the '
                 "category, pairs of indices from 0 such as [[1, 2], [3, 4]], or [] where it exchanges none"
@@ -220,17 +265,21 @@ def _flip_pairs(path: Path, category: Record, names: list[str]) -> tuple[tuple[i
 
 def _sides(names: list[str]) -> tuple[tuple[tuple[int, int], ...], list[str]]:
     """Pairs (left, right) of indices, and the names that have a side but no partner."""
-    index, pairs, alone = {name.lower(): i for i, name in enumerate(names)}, [], []
-    for name, here in index.items():
-        for prefixes in SIDES:
-            for prefix, opposite in (prefixes, prefixes[::-1]):
-                if name.startswith(prefix):
-                    other = index.get(opposite + name.removeprefix(prefix))
-                    if other is None:
-                        alone.append(names[here])
-                    elif prefix == prefixes[0]:
-                        pairs.append((here, other))
+    words = [_words(name) for name in names]
+    pairs, alone = [], []
+    for here, mine in enumerate(words):
+        sides = [word for word in mine if word in OTHER_SIDE]
+        theirs = tuple(OTHER_SIDE.get(word, word) for word in mine)
+        if sides and (words.count(theirs) != 1 or words.count(mine) != 1):
+            alone.append(names[here])
+        elif sides and sides[0] in ("left", "l"):
+            pairs.append((here, words.index(theirs)))
     return tuple(pairs), alone
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """In lower case, of a name such as left_eye, eye-l, "Left Eye", leftEye or LEye."""
+    return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", name))
 
 
 def _limbs(path: Path, category: Record, count: int) -> tuple[tuple[int, int], ...]:
@@ -250,7 +299,3 @@ def _index_pairs(pairs: object, first: int, end: int) -> tuple[tuple[int, int], 
     if len(found) < len(pairs) or not all(index in range(first, end) for pair in found for index in pair):
         return None
     return tuple((int(a), int(b)) for a, b in found)
-
-
-def _kind(content: object) -> str:
-    return "list" if isinstance(content, list) else type(content).__name__

@@ -7,6 +7,7 @@ of the network's input: everything that augmentation does is in that matrix.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cyclekd.integrations.runs.sampling import PADDING, Draw
-from cyclekd.integrations.tokenpose.data.contexts import Context, Contexts, cached
+from cyclekd.integrations.tokenpose.data.contexts import Context, Contexts, cached, read_photograph
 from cyclekd.integrations.tokenpose.data.people import People
 from cyclekd.integrations.tokenpose.data.views import (
     View,
@@ -27,7 +28,7 @@ from cyclekd.integrations.tokenpose.data.views import (
     view_keypoints,
     view_matrices,
 )
-from cyclekd.integrations.tokenpose.data.warp import warp_exact
+from cyclekd.integrations.tokenpose.data.warp import warp_batch, warp_exact
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.keypoints.geometry import center_and_scale, compose_matrices, invert_matrices
 from cyclekd.integrations.tokenpose.shapes import Size
@@ -39,10 +40,11 @@ Sample = dict[str, Any]
 
 
 class Crops(Dataset[Sample]):
-    """People as the network sees them: `image` uint8 [3, S, S], `matrix` [2, 3] from it to the input, and more.
+    """People as the network sees them: `image` uint8 [S, S, 3], `matrix` [2, 3] from it to the input, and more.
 
     Namely `keypoints` [K, 2] in pixels of the input, `visible` [K], `center` and `scale` [2] of the view, `index`.
-    With `exact` the crop is cut here, as OpenCV would, and `image` is [3, H, W] with a matrix that changes nothing.
+    With `exact` the crop is cut here from the whole photograph, as OpenCV and with it the published code would: `image`
+    is [H, W, 3] and the matrix changes nothing. Otherwise it comes from a context, which smooths what it makes smaller.
     """
 
     def __init__(
@@ -52,15 +54,21 @@ class Crops(Dataset[Sample]):
         *,
         reach: float,
         cache: Path | None = None,
+        compress: bool = True,
         workers: int = 1,
         exact: bool = False,
     ) -> None:
-        """`reach` is how much longer than the padded box's longer side a context is; `cache` the folder of a cache."""
+        """`reach` is how much longer than the padded box's longer side a context is; `cache` the folder of a cache.
+
+        Errors: PoseError for both `exact` and `cache`, which has no whole photographs, and those of `cached`.
+        """
+        if exact and cache is not None:
+            raise PoseError(f"{type(self).__name__}(exact=True, cache={str(cache)!r}): leave one out")
         self.people, self.input_size, self.exact = people, input_size, exact
         self.centers, self.scales = center_and_scale(people.boxes, input_size)
         self.side = round(reach * max(input_size))  # at the resolution of the network's input, or less
         contexts = Contexts(people, self.centers.numpy(), self.scales.numpy(), reach, self.side)
-        self.contexts = contexts if cache is None else cached(contexts, cache, people.annotations, max(1, workers))
+        self.contexts = contexts if cache is None else cached(contexts, cache, max(1, workers), compress=compress)
 
     def __len__(self) -> int:
         return len(self.people)
@@ -73,31 +81,44 @@ class Crops(Dataset[Sample]):
             return str(error)
         return "readable now"
 
-    def _sample(self, row: int, view: View) -> Sample:
-        views = stack_views([view])
-        matrices = view_matrices(views, self.input_size)
-        keypoints, visible = view_keypoints(self.people.keypoints[row][None], views, self.people.skeleton, matrices)
-        image, matrix = self._image(self.contexts.read(row), matrices)
-        return {
-            "image": image,
-            "matrix": matrix,
-            "keypoints": keypoints[0],
-            "visible": visible[0],
-            "center": view.center,
-            "scale": view.scale,
-            "index": row,
-        }
-
-    def _image(self, context: Context, matrices: Tensor) -> tuple[Tensor, Tensor]:
-        from_photo = torch.from_numpy(context.matrix)[None]
-        matrix = compose_matrices(matrices.double(), invert_matrices(from_photo))[0]
+    def _read(self, row: int) -> Context:
+        """What a person's view is cut from. Errors: PoseError where the photograph cannot be read."""
         if self.exact:
-            crop = warp_exact(context.image, matrix, self.input_size)
-            return torch.from_numpy(crop).permute(2, 0, 1).contiguous(), torch.eye(2, 3)
+            return Context(read_photograph(self.people, int(self.people.image_index[row])), np.eye(2, 3))
+        return self.contexts.read(row)
+
+    def _samples(self, rows: list[int], contexts: list[Context], views: list[View]) -> list[Sample]:
+        """Of several people at once: one by one, their small matrices would take as long as their images."""
+        batch = stack_views(views)
+        matrices = view_matrices(batch, self.input_size)
+        keypoints, visible = view_keypoints(self.people.keypoints[rows], batch, self.people.skeleton, matrices)
+        from_photos = torch.from_numpy(np.stack([context.matrix for context in contexts]))
+        matrices = compose_matrices(matrices.double(), invert_matrices(from_photos))
+        images = [self._image(context.image, matrix) for context, matrix in zip(contexts, matrices, strict=True)]
+        return [
+            {
+                "image": torch.from_numpy(image),
+                "matrix": torch.eye(2, 3) if self.exact else matrices[i].float(),
+                "keypoints": keypoints[i],
+                "visible": visible[i],
+                "center": views[i].center,
+                "scale": views[i].scale,
+                "index": rows[i],
+            }
+            for i, image in enumerate(images)
+        ]
+
+    def _image(self, image: np.ndarray, matrix: Tensor) -> np.ndarray:
+        if self.exact:
+            return warp_exact(image, matrix, self.input_size)
         padded = np.zeros((self.side, self.side, 3), np.uint8)
-        height, width = context.image.shape[:2]
-        padded[:height, :width] = context.image
-        return torch.from_numpy(padded).permute(2, 0, 1), matrix.float()
+        padded[: image.shape[0], : image.shape[1]] = image
+        return padded
+
+
+def cut_views(batch: Mapping[str, Tensor], input_size: Size) -> Tensor:
+    """Crops uint8 [B, 3, H, W] of a batch of samples, on its device."""
+    return warp_batch(batch["image"].permute(0, 3, 1, 2), batch["matrix"], input_size)
 
 
 class TrainingCrops(Crops):
@@ -112,12 +133,23 @@ class TrainingCrops(Crops):
         self.settings = settings
 
     def __getitem__(self, draw: Draw) -> Sample:
-        first, seed = draw
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[Sample]:
+        """The samples of a batch, as PyTorch's loader asks for them."""
+        rows, contexts = zip(*(self._readable(first) for first, _ in draws), strict=True)
+        views = [self._view(row, seed) for row, (_, seed) in zip(rows, draws, strict=True)]
+        samples = self._samples(list(rows), list(contexts), views)
+        skipped = [-1 if row == first else first for row, (first, _) in zip(rows, draws, strict=True)]
+        return [{**sample, "skipped": row} for sample, row in zip(samples, skipped, strict=True)]
+
+    def _readable(self, first: int) -> tuple[int, Context]:
+        """This person's context, or the next's that can be read."""
         problem: PoseError | None = None
         for step in range(min(GIVE_UP_AFTER, len(self))):
             row = (first + step) % len(self)
             try:
-                return {**self._sample(row, self._view(row, seed)), "skipped": first if step else -1}
+                return row, self._read(row)
             except PoseError as error:
                 problem = problem or error
         raise PoseError(f"nobody is readable among {min(GIVE_UP_AFTER, len(self))} people from {first} on: {problem}")
@@ -141,15 +173,13 @@ class EvaluationCrops(Crops):
         view = plain_view(self.centers[row], self.scales[row])
         if index != PADDING:
             try:
-                return {**self._sample(row, view), "valid": True}
+                return {**self._samples([row], [self._read(row)], [view])[0], "valid": True}
             except PoseError:
                 pass  # told by valid=False beside an index
-        blank = Context(np.zeros((1, 1, 3), np.uint8), np.eye(2, 3))
-        image, matrix = self._image(blank, torch.eye(2, 3)[None])
-        keypoints = self.people.keypoints[row]
+        keypoints, size = self.people.keypoints[row], self.input_size if self.exact else (self.side, self.side)
         return {
-            "image": image,
-            "matrix": matrix,
+            "image": torch.zeros(*size, 3, dtype=torch.uint8),
+            "matrix": torch.eye(2, 3),
             "keypoints": torch.zeros_like(keypoints[:, :2]),
             "visible": torch.zeros_like(keypoints[:, 2]),
             "center": view.center,

@@ -10,20 +10,22 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from cyclekd.integrations.tokenpose.data.annotations import (
     AnnotationFile,
     Record,
+    are_lengths,
     area_of,
+    is_area,
+    is_id,
     numbers,
     read_annotations,
     read_json,
@@ -31,9 +33,13 @@ from cyclekd.integrations.tokenpose.data.annotations import (
 )
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.keypoints.geometry import clean_boxes
+from cyclekd.integrations.tokenpose.shapes import Size
 from cyclekd.integrations.tokenpose.skeletons import Skeleton
 
 GROUND_TRUTH, DETECTOR = "ground truth", "detector"
+
+LEAST_SIDE = 1.0
+"""Of a box within its image, in pixels. Less shows nobody; boxes from 0 to 1 are shares of the image by mistake."""
 
 
 @dataclass
@@ -64,7 +70,7 @@ class Skipped:
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value
 class People:
-    """N persons in M images, on the CPU in float32 and int64; lengths are in pixels of the images as stored."""
+    """N persons in M images, on the CPU in float32 and int64; lengths are in pixels of the images as annotated."""
 
     skeleton: Skeleton
     """K key points; `sigmas` is empty where the file gives none."""
@@ -99,8 +105,9 @@ class People:
         return len(self.boxes)
 
     def subset(self, rows: Tensor | Sequence[int]) -> People:
-        """The persons of these rows, in this order; the images stay."""
-        rows = torch.as_tensor(rows, dtype=torch.long)
+        """The persons of these rows, in this order, or of those where a mask [N] is true; the images stay."""
+        rows = torch.as_tensor(rows)
+        rows = rows if rows.dtype == torch.bool else rows.long()
         names = ("image_index", "boxes", "keypoints", "areas", "annotation_ids", "box_scores")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
@@ -110,14 +117,16 @@ def read_people(
     images: Path,
     *,
     boxes: Path | None = None,
+    least_score: float = 0.0,
     for_training: bool,
     sigmas: Sequence[float] | None = None,
 ) -> People:
     """The persons of an annotation file in COCO's layout, their images being in the folder `images`.
 
-    For training: those with a labelled key point, crowds left out. For evaluation: all persons' boxes, crowds left out,
-    or with `boxes` those of a detector, a JSON list of {image_id, category_id, bbox, score} as detectors write for
-    COCO. `sigmas` takes the place of the file's own. `People.skipped` counts who was left out and why; images that are
+    They are those with a labelled key point, crowds left out, for evaluation too, as published figures with
+    ground-truth boxes have it. With `boxes`, for evaluation alone, they are a detector's: a JSON list of {image_id,
+    category_id, bbox, score} as detectors write for COCO, of which those with `least_score` count, the paper's all.
+    `sigmas` takes the place of the file's own. `People.skipped` counts who was left out and why; images that are
     missing are so counted in training, and refused in evaluation, which would count their persons as not found.
     Errors: PoseError for files or folders that cannot be used, and where nobody is left.
     """
@@ -126,7 +135,7 @@ def read_people(
     file = read_annotations(annotations)
     reader = _Reader(file, _Folder(Path(images)), for_training)
     if boxes is not None:
-        reader.read_detections(Path(boxes))
+        reader.read_detections(Path(boxes), least_score)
     else:
         reader.read_persons()
     people = reader.people(GROUND_TRUTH if boxes is None else DETECTOR)
@@ -141,7 +150,8 @@ def find_split(data: Path, split: str) -> tuple[Path, Path]:
 
     COCO's layout: annotations/person_keypoints_{train2017,val2017}.json beside train2017/ and val2017/, also without
     the year. CrowdPose's: crowdpose_{trainval,test}.json, also with the prefix mmpose_, in annotations/ or json/ beside
-    images/; "train" is its trainval and "val" its test set, as published figures are, or train and val without those.
+    images/; "train" is its trainval and "val" its test set, as published figures are; without both of those, its train
+    and val sets, or test where there is no val.
     Errors: PoseError for another split, or where there is no such layout.
     """
     if split not in ("train", "val"):
@@ -151,41 +161,41 @@ def find_split(data: Path, split: str) -> tuple[Path, Path]:
         found = data / f"annotations/person_keypoints_{split}{year}.json", data / f"{split}{year}"
         if found[0].is_file():
             return found
-    published = {"train": "trainval", "val": "test"}
     for folder, prefix in ((folder, prefix) for folder in ("annotations", "json") for prefix in ("mmpose_", "")):
-        names = (*published.values(), *published)
-        files = {name: data / folder / f"{prefix}crowdpose_{name}.json" for name in names}
-        complete = all(files[name].is_file() for name in published.values())
-        chosen = files[published[split] if complete else split]
-        if chosen.is_file():
-            return chosen, data / "images"
+        if file := _crowdpose_file(data / folder, prefix, split):
+            return file, data / "images"
+    published = {"train": "trainval", "val": "test"}
     raise PoseError(
         f"{data} has no {split} split: neither annotations/person_keypoints_{split}2017.json beside {split}2017/ as "
-        f"COCO has, nor annotations/crowdpose_{published[split]}.json beside images/ as CrowdPose has"
+        f"COCO has, both also without the year, nor annotations/crowdpose_{published[split]}.json beside images/ as "
+        "CrowdPose has"
     )
 
 
-def read_image(path: Path, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """The image as [H, W, 3], RGB.
+def read_image(path: Path, size: Size | None = None) -> NDArray[np.uint8]:
+    """The image as [H, W, 3], RGB, in the pixels that annotations with this height and width, `size`, are of.
 
-    An EXIF orientation is ignored: COCO's annotations, and the heights and widths in its files, are of the pixels as
-    they are stored. With `size`, (height, width), another one is refused, as key points would be in other pixels.
-    Errors: PoseError for a file that is missing, truncated, no image or of another size.
+    COCO's are of the pixels as they are stored. Some programs annotate a photograph as viewers show it, turned by its
+    EXIF orientation: where `size` is of that and not of the stored pixels, it is turned. Where it is of both, as of
+    squares and of half turns, and without `size`, pixels stay as they are stored, as in TokenPose's own training.
+    Errors: PoseError for a file that is missing, truncated, no image, of another size or with more than 8 bits.
     """
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
+            if image.mode.startswith(("I", "F")):  # Pillow cuts these off at 255, and a photograph comes out white
+                raise PoseError(f"the image {path} has more than 8 bits per pixel (mode {image.mode}): save it with 8")
+            annotated = image if size in (None, image.size[::-1]) else ImageOps.exif_transpose(image)
+            pixels = np.array(annotated.convert("RGB"))
     except FileNotFoundError as error:
         raise PoseError(f"the image {path} is missing") from error
     # Pillow reports broken files as any of these
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise PoseError(f"the image {path} is truncated or no image ({error}): fetch it again") from error
-    if size is not None and pixels.shape[:2] != tuple(size):
+    if size not in (None, pixels.shape[:2]):
         height, width = pixels.shape[:2]
         raise PoseError(
             f"the image {path} is {height} pixels high and {width} wide, and its annotations are of {size[0]} x "
-            f"{size[1]}: use the images that were annotated. Where the two are exchanged, the file may be meant turned "
-            "by its EXIF orientation, which is ignored: store it turned (Pillow: ImageOps.exif_transpose)"
+            f"{size[1]}: use the images that were annotated"
         )
     return pixels
 
@@ -213,8 +223,9 @@ class _Reader:
 
     def read_persons(self) -> None:
         if not self.file.persons:
+            others = f" of category_id {self.file.category_id} among its {self.file.others} annotations"
             raise PoseError(
-                f"{self.file.path} has no persons: the split is empty"
+                f"{self.file.path} has no persons{others if self.file.others else ''}: the split is empty"
                 + ("" if self.for_training else "; a list of images alone is evaluated with a detector's boxes=")
             )
         if self.file.others:
@@ -222,19 +233,17 @@ class _Reader:
         for person in self.file.persons:
             self._take(f"annotation {person['id']}", self._person(person))
 
-    def read_detections(self, path: Path) -> None:
+    def read_detections(self, path: Path, least_score: float) -> None:
         detections = read_json(path)
         if not isinstance(detections, list) or not detections or not all(isinstance(d, dict) for d in detections):
             raise PoseError(f"{path}: a detector's boxes are a list of {{image_id, category_id, bbox, score}}")
         for place, detection in enumerate(detections):
-            # detectors for COCO list all its categories
-            if detection.get("category_id", self.file.category_id) == self.file.category_id:
-                self._take(f"box {place} of {path.name}", self._detection(detection, place))
+            self._take(f"box {place} of {path.name}", self._detection(detection, place, least_score))
 
     def people(self, source: str) -> People:
         self._check_missing()
         if not self.persons:
-            wanted = "labelled person" if self.for_training else "person's box"
+            wanted = "labelled person" if source == GROUND_TRUTH else "person's box"
             raise PoseError(f"{self.file.path}: no usable {wanted} in {self.folder.path}; {self.skipped}")
         ids = list(dict.fromkeys(person.image_id for person in self.persons))
         place = {image_id: index for index, image_id in enumerate(ids)}
@@ -288,38 +297,57 @@ class _Reader:
             return wrong
         if numbers(keypoints, 3 * count) is None:
             return f"without {count} key points of three numbers each"
-        if not _finite(keypoints):
-            return "with NaN or infinity in key points"
-        if self.for_training and not any(visibility > 0 for visibility in keypoints[2::3]):
+        if not are_lengths(keypoints):
+            return "with NaN, infinite or immense numbers in key points"
+        if not any(visibility > 0 for visibility in keypoints[2::3]):
             return "without a labelled key point"
         area = area_of(person, box)
-        if not area > 0:
+        if area == 0 or not is_area(area):
             return "without area"
         return _Person(person["image_id"], box, keypoints, area, person["id"], 1.0)
 
-    def _detection(self, detection: Record, place: int) -> _Person | str:
-        box, score = detection.get("bbox"), detection.get("score")
+    def _detection(self, detection: Record, place: int, least_score: float) -> _Person | str:
+        box, score = detection.get("bbox"), numbers([detection.get("score")], 1)
+        if detection.get("category_id", self.file.category_id) != self.file.category_id:
+            return "of another category"  # detectors for COCO list them all
         if wrong := self._wrong_box(detection.get("image_id"), box):
             return wrong
-        if not isinstance(score, int | float) or not isfinite(score):
-            return "without a score"
+        if score is None or not are_lengths(score) or score[0] < 0:
+            return "without a score of 0 or more"
+        if score[0] < least_score:
+            return f"with a score below {least_score:g}"
         nothing = [0] * (3 * len(self.file.skeleton.names))
-        return _Person(detection["image_id"], box, nothing, area_of({}, box), place, score)
+        return _Person(detection["image_id"], box, nothing, area_of({}, box), place, score[0])
 
     def _wrong_box(self, image_id: object, box: object) -> str | None:
-        if not isinstance(image_id, int) or image_id not in self.file.images:
+        if not is_id(image_id):
+            return "whose image_id is no whole number"
+        if not self.file.has_image(image_id):
             return "of an unknown image id"
         if numbers(box, 4) is None:
             return "without a box of four numbers"
-        if not _finite(box):
-            return "with NaN or infinity in the box"
+        if not are_lengths(box):
+            return "with NaN, infinite or immense numbers in the box"
         x, y, width, height = box
-        if width <= 0 or height <= 0:
-            return "with a box of no area"
+        if min(width, height) < LEAST_SIDE:
+            return "with a box of less than a pixel"
         image = self.file.images[image_id]
-        if x + width <= 0 or y + height <= 0 or x >= image["width"] - 1 or y >= image["height"] - 1:
+        right, bottom = image["width"] - 1 - LEAST_SIDE, image["height"] - 1 - LEAST_SIDE  # where ground truth ends
+        if x + width <= 0 or y + height <= 0 or x > right or y > bottom:
             return "with a box outside the image"
         return None
+
+
+# -- folders ----------------------------------------------------------------------------------------------------
+
+
+def _crowdpose_file(folder: Path, prefix: str, split: str) -> Path | None:
+    names = ("train", "trainval", "val", "test")
+    train, trainval, val, test = (folder / f"{prefix}crowdpose_{name}.json" for name in names)
+    choice = {"train": [train], "val": [val, test]}
+    if trainval.is_file() and test.is_file():  # trainval holds val, which is no other split beside it
+        choice = {"train": [trainval], "val": [test]}
+    return next((file for file in choice[split] if file.is_file()), None)
 
 
 class _Folder:
@@ -335,10 +363,6 @@ class _Folder:
         if folder not in self.listings:
             try:
                 self.listings[folder] = set(os.listdir(self.path / folder))
-            except OSError:  # no such folder
+            except (OSError, ValueError):  # no such folder, or nothing that can be one
                 self.listings[folder] = set()
         return file in self.listings[folder]
-
-
-def _finite(values: Sequence[float]) -> bool:
-    return isfinite(sum(values))

@@ -1,6 +1,6 @@
 """A view of a person: which part of the image the network sees, how far turned, and whether mirrored.
 
-The random views are the augmentation of the published trainings. A view's centre is in the image as it is on disk, and
+The random views are the augmentation of the published trainings. A view's centre is in the annotated image, and
 mirroring is in the matrix, so that one matrix leads from the image to the crop and nothing is ever flipped by itself.
 """
 

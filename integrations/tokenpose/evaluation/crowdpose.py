@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import copy
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cyclekd.integrations.tokenpose.data.annotations import read_annotations, require_sigmas
+from cyclekd.integrations.tokenpose.data.annotations import AnnotationFile, read_annotations, require_sigmas
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.evaluation.matching import detections, ground_truth, run
 
@@ -32,10 +33,16 @@ def crowdpose_ap(
     Errors: PoseError for a file that cannot be read, images without crowdIndex, results that do not fit the file.
     """
     file = read_annotations(annotations)
-    sigmas = require_sigmas(file.skeleton, sigmas, "crowdpose_ap")
+    return crowdpose_figures(file, results, require_sigmas(file.skeleton, sigmas, "crowdpose_ap"))
+
+
+def crowdpose_figures(
+    file: AnnotationFile, results: Sequence[Mapping[str, Any]], sigmas: Sequence[float]
+) -> dict[str, float]:
+    """`crowdpose_ap` of a file that has been read."""
     crowding = {key: image.get("crowdIndex") for key, image in file.images.items()}
     for key, crowd_index in crowding.items():
-        if not isinstance(crowd_index, int | float):
+        if type(crowd_index) not in (int, float) or not isfinite(crowd_index):
             raise PoseError(f"crowdpose_ap: image {key} of {file.path} has no crowdIndex; for other files use coco_ap")
     truth = ground_truth(file, area_from_box=True)
     evaluator = run(CrowdPoseEval(truth, detections(file, truth, results), crowding), sigmas)
@@ -54,7 +61,8 @@ class CrowdPoseEval(COCOeval):
 
     def summarize(self) -> None:
         precision, recall = self.eval["precision"], self.eval["recall"]  # [10 thresholds, ...], from 0.5 by 0.05
-        whole = [_mean_of_present(each[rows]) for each in (precision, recall) for rows in (slice(None), [0], [5])]
+        # of one category and one range of areas all entries are -1, where nobody is to be found, or none is
+        whole = [each[rows].mean() for each in (precision, recall) for rows in (slice(None), [0], [5])]
         bounds = ((-np.inf, EASY_BELOW), (EASY_BELOW, MEDIUM_BELOW), (MEDIUM_BELOW, np.inf))
         self.stats = np.array([*whole, *(round(self._precision_between(low, high).mean(), 4) for low, high in bounds)])
 
@@ -67,9 +75,3 @@ class CrowdPoseEval(COCOeval):
         part.evalImgs = [each for each, keep in zip(self.evalImgs, inside, strict=True) if keep]
         part.accumulate()
         return part.eval["precision"]
-
-
-def _mean_of_present(values: NDArray[np.float64]) -> float:
-    """The mean without the -1 of what is absent; -1 where all is."""
-    present = values[values > -1]
-    return float(present.mean()) if present.size else -1.0

@@ -15,10 +15,10 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from cyclekd.integrations.runs.folder import write_atomically
-from cyclekd.integrations.tokenpose.data.annotations import read_annotations, require_sigmas
+from cyclekd.integrations.tokenpose.data.annotations import AnnotationFile, read_annotations, require_sigmas
 from cyclekd.integrations.tokenpose.data.people import DETECTOR, People
 from cyclekd.integrations.tokenpose.errors import PoseError
-from cyclekd.integrations.tokenpose.evaluation.crowdpose import crowdpose_ap
+from cyclekd.integrations.tokenpose.evaluation.crowdpose import crowdpose_figures
 from cyclekd.integrations.tokenpose.evaluation.matching import detections, ground_truth, run
 from cyclekd.integrations.tokenpose.evaluation.scoring import Pck, oks_nms, rescore_rle
 from cyclekd.integrations.tokenpose.evaluation.scoring import rescore as rescored
@@ -71,10 +71,18 @@ def evaluate(
     Over all persons of the file, with or without a prediction. Settings and errors as in `person_results`.
     """
     results = person_results(people, predictions, rescore=rescore, nms=nms, rle=rle, input_size=input_size)
-    measure = crowdpose_ap if read_annotations(people.annotations).is_crowdpose else coco_ap
-    figures = measure(people.annotations, results, sigmas=people.skeleton.sigmas)
     seen = len(torch.unique(predictions.rows))
-    return Evaluation(people.source, seen, len(people) - seen, figures)
+    return Evaluation(people.source, seen, len(people) - seen, average_precision(people, results))
+
+
+def average_precision(people: People, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`crowdpose_ap` of results where the file of `people` is CrowdPose's, else `coco_ap`; errors as in those.
+
+    Without any result, a check that the file can be compared with at all.
+    """
+    file, sigmas = read_annotations(people.annotations), require_sigmas(people.skeleton, None, "average_precision")
+    measure = crowdpose_figures if file.is_crowdpose else coco_figures
+    return measure(file, results, sigmas)
 
 
 def person_results(
@@ -122,7 +130,13 @@ def coco_ap(
     Errors: PoseError for a file that cannot be read or has no sigmas, or results that do not fit it.
     """
     file = read_annotations(annotations)
-    sigmas = require_sigmas(file.skeleton, sigmas, "coco_ap")
+    return coco_figures(file, results, require_sigmas(file.skeleton, sigmas, "coco_ap"))
+
+
+def coco_figures(
+    file: AnnotationFile, results: Sequence[Mapping[str, Any]], sigmas: Sequence[float]
+) -> dict[str, float]:
+    """`coco_ap` of a file that has been read."""
     truth = ground_truth(file, area_from_box=False)
     evaluator = run(COCOeval(truth, detections(file, truth, results), "keypoints"), sigmas)
     return dict(zip(NAMES, map(float, evaluator.stats), strict=True))

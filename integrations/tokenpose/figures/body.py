@@ -43,10 +43,27 @@ class Body:
     """False for key points that their own part hides; a name that is missing counts as True."""
 
 
-def pose(rng: np.random.Generator) -> Body:
+@dataclass(frozen=True)
+class Variety:
+    """How different the poses are that are drawn, each as shares of all bodies."""
+
+    views: tuple[float, float, float, float]
+    """From the front, from behind, its left turned to the viewer, its right."""
+    lying: float
+    legs: tuple[float, float, float, float]
+    """Standing, walking, sitting, each leg on its own."""
+    hanging: float
+    """Of arms, the others are raised or held out."""
+
+
+ANY = Variety(views=(0.4, 0.27, 0.165, 0.165), lying=0.08, legs=(0.4, 0.3, 0.12, 0.18), hanging=0.5)
+CALM = Variety(views=(1.0, 0.0, 0.0, 0.0), lying=0.0, legs=(0.6, 0.4, 0.0, 0.0), hanging=0.7)
+
+
+def pose(rng: np.random.Generator, variety: Variety = ANY) -> Body:
     """A body that stands, walks, sits or bends each leg on its own, in a random view."""
-    view = rng.choice([0.0, 180.0, 90.0, -90.0], p=[0.4, 0.27, 0.165, 0.165]) + rng.normal(0, 22)
-    tilt = rng.uniform(-90, 90) if rng.random() < 0.08 else rng.normal(0, 12)
+    view = rng.choice([0.0, 180.0, 90.0, -90.0], p=variety.views) + rng.normal(0, 22)
+    tilt = rng.uniform(-90, 90) if rng.random() < variety.lying else rng.normal(0, 12)
     pelvis = _roll(tilt) @ _pitch(rng.normal(0, 8)) @ _yaw(view)
     torso = pelvis @ _pitch(rng.normal(6, 12)) @ _roll(rng.normal(0, 7)) @ _yaw(rng.normal(0, 12))
     head = torso @ _pitch(rng.normal(0, 10)) @ _roll(rng.normal(0, 8)) @ _yaw(rng.normal(0, 22))
@@ -55,10 +72,10 @@ def pose(rng: np.random.Generator) -> Body:
 
     neck = torso @ (0, -TORSO * length["torso"], 0)
     joints = {"pelvis": np.zeros(3), "neck": neck, "head": neck + torso @ (0, -NECK, 0) + head @ (0, -radius, 0)}
-    legs = _leg_angles(rng)
+    legs = _leg_angles(rng, variety)
     for (side, sign), leg in zip(SIDES, legs, strict=True):
         shoulder = neck + torso @ (sign * SHOULDER * length["shoulder"], rng.normal(0, 0.008), 0)
-        arm = [torso @ direction for direction in _arm_directions(rng, sign)]
+        arm = [torso @ direction for direction in _arm_directions(rng, variety, sign)]
         names = [f"{side}_{name}" for name in ("shoulder", "elbow", "wrist", "fingers")]
         joints |= _chain(names, shoulder, arm, np.array(ARM) * length["arm"])
         hip = pelvis @ (sign * HIP * length["hip"], 0, 0)
@@ -80,9 +97,9 @@ def _chain(
     return dict(zip(names, points, strict=True))
 
 
-def _arm_directions(rng: np.random.Generator, sign: int) -> list[np.ndarray]:
+def _arm_directions(rng: np.random.Generator, variety: Variety, sign: int) -> list[np.ndarray]:
     """Of upper arm, forearm and hand, in the torso's frame; an elbow bends forwards, inwards or upwards."""
-    if rng.random() < 0.5:
+    if rng.random() < variety.hanging:
         outwards, forwards, bend = rng.normal(14, 8), rng.normal(5, 20), rng.uniform(0, 60)
     else:
         outwards, forwards, bend = rng.uniform(-5, 85), rng.uniform(-30, 160), rng.uniform(0, 130)
@@ -94,9 +111,9 @@ def _arm_directions(rng: np.random.Generator, sign: int) -> list[np.ndarray]:
     return [upper, lower, lower]
 
 
-def _leg_angles(rng: np.random.Generator) -> list[tuple[float, float, float]]:
+def _leg_angles(rng: np.random.Generator, variety: Variety) -> list[tuple[float, float, float]]:
     """(outwards, forwards, bend of the knee) of both legs: standing, walking, sitting, or each leg on its own."""
-    kind = rng.choice(4, p=[0.4, 0.3, 0.12, 0.18])
+    kind = rng.choice(4, p=variety.legs)
     stride = rng.choice([-1, 1]) * rng.uniform(10, 38)
     both = rng.uniform(50, 95)
     angles = []

@@ -20,6 +20,7 @@ from cyclekd.integrations.runs.folder import settings_that_differ, write_json, w
 from cyclekd.integrations.runs.progress import Log
 from cyclekd.integrations.runs.seeds import derive_seed
 from cyclekd.integrations.tokenpose.errors import PoseError
+from cyclekd.integrations.tokenpose.figures.body import ANY, CALM
 from cyclekd.integrations.tokenpose.figures.canvas import (
     OVERSAMPLING,
     Canvas,
@@ -54,18 +55,20 @@ SHOWS = {
 
 
 def draw_figures(
-    seed: int, size: Size = (240, 320), people: tuple[int, int] = (1, 3)
+    seed: int, size: Size = (240, 320), people: tuple[int, int] = (1, 3), calm: bool = False
 ) -> tuple[np.ndarray, list[Annotation]]:
     """A synthetic image, uint8 [height, width, 3], and COCO's annotation of every figure; the same for the same seed.
 
-    `people` are the fewest and the most figures. Visibility is 2 where the key point can be seen, 1 where something is
-    before it, 0 (with coordinates 0) outside the image. The box encloses the whole figure as far as it is in the image,
+    Another version of NumPy may draw other random numbers from a seed, one of Pillow fill other pixels at an edge.
+    `people` are the fewest and the most figures; `calm` ones stand or walk and face the viewer, arms mostly down, which
+    is learned sooner. Visibility is 2 where the key point can be seen, 1 where something is before it, 0 (with
+    coordinates 0) outside the image. The box encloses the whole figure as far as it is in the image,
     hidden parts too; the area is of what can be seen. A figure of which nothing can be seen is not annotated. PoseError
     for a negative seed, sides below 64 pixels, and other than 1 to 8 people.
     """
     _check(seed, size, people)
     rng = np.random.Generator(np.random.PCG64(seed))
-    figures = [make_figure(rng, size, place) for place in places(rng, people)]
+    figures = [make_figure(rng, size, place, CALM if calm else ANY) for place in places(rng, people)]
     figures.sort(key=lambda figure: figure.height)  # those nearer to the viewer look taller
     canvas = Canvas(gradient(rng, size))
     draw_surroundings(canvas, rng, figures)
@@ -85,18 +88,20 @@ def write_figures(
     seed: int,
     size: Size = (240, 320),
     people: tuple[int, int] = (1, 3),
+    calm: bool = False,
 ) -> Path:
     """`train` and `val` synthetic images in `folder`, as COCO lays them out; the folder comes back.
 
     A folder that has them already is used as it is, one left half-way is completed: after a kill, figures that were
-    drawn stay. Training and validation figures follow from different seeds. Of several processes, one may write.
+    drawn stay. Training and validation figures follow from different seeds. Of several processes, one may write. 100
+    images take a processor's core about a second.
     PoseError for counts below 1, where `folder` holds anything else, and what `draw_figures` refuses.
     """
     folder = Path(folder)
     _check(seed, size, people)
     if min(train, val) < 1:
         raise PoseError(f"write_figures(train={train}, val={val}): each is at least 1 image, as in train=4000, val=400")
-    settings = _Settings(VERSION, train, val, seed, size, people)
+    settings = _Settings(VERSION, train, val, seed, size, people, calm)
     _claim(folder, settings)
     splits = {"train2017": range(1, train + 1), "val2017": range(train + 1, train + val + 1)}
     with _Bar(total=train + val, desc="drawing synthetic figures", unit=" images", disable=None, delay=1.0) as bar:
@@ -157,6 +162,7 @@ class _Settings:
     seed: int
     size: Size
     people: tuple[int, int]
+    calm: bool
 
 
 class _Bar(tqdm):
@@ -180,13 +186,10 @@ def _check(seed: int, size: Size, people: tuple[int, int]) -> None:
 def _claim(folder: Path, settings: _Settings) -> None:
     """Make the folder these settings' own, or refuse one that is not."""
     record = folder / "figures.json"
-    instead = "name another folder, or delete this one"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        names = (path.name for path in folder.iterdir())
-        content = sorted(name for name in names if not (name.startswith(".") and name.endswith(".tmp")))
-    except OSError as error:
-        raise PoseError(f"write_figures: cannot use {folder}: {error.strerror}; name another folder") from error
+    instead = "name another folder"
+    _make(folder)
+    names = (path.name for path in folder.iterdir())
+    content = sorted(name for name in names if not (name.startswith(".") and name.endswith(".tmp")))
     if not content:
         write_json(record, asdict(settings))
         return
@@ -203,7 +206,17 @@ def _claim(folder: Path, settings: _Settings) -> None:
     different = settings_that_differ(saved, asdict(settings), ())
     if different:
         listed = ", ".join(f"{name} {before} (asked for: {now})" for name, (before, now) in different.items())
-        raise PoseError(f"write_figures: {folder} holds other synthetic figures, with {listed}: {instead}")
+        raise PoseError(
+            f"write_figures: {folder} holds other synthetic figures, with {listed}: {instead}, or delete this one"
+        )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        next(folder.iterdir(), None)  # or it may not be read
+    except OSError as error:
+        raise PoseError(f"write_figures: cannot use {folder}: {error.strerror}; name another folder") from error
 
 
 def _write_split(folder: Path, split: str, image_ids: range, settings: _Settings, bar: tqdm) -> None:
@@ -211,7 +224,7 @@ def _write_split(folder: Path, split: str, image_ids: range, settings: _Settings
     annotation_file = folder / "annotations" / f"person_keypoints_{split}.json"
     log = Log(folder / f"{split}.jsonl")
     for each in (annotation_file.parent, folder / split):
-        each.mkdir(exist_ok=True)
+        _make(each)
     complete = annotation_file.is_file()
     log.truncate(image_ids[-1])  # of a line that was cut off
     drawn = image_ids if complete else {record["step"] for record in log.read()}
@@ -219,7 +232,7 @@ def _write_split(folder: Path, split: str, image_ids: range, settings: _Settings
         path = folder / split / _file_name(image_id)
         if image_id not in drawn or not path.is_file():
             seed = derive_seed("figures", settings.seed, split, image_id)
-            pixels, annotations = draw_figures(seed, settings.size, settings.people)
+            pixels, annotations = draw_figures(seed, settings.size, settings.people, settings.calm)
             _write_image(path, pixels)
             if image_id not in drawn:
                 log.write("image", image_id, annotations=annotations)

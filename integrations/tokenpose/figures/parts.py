@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cyclekd.integrations.tokenpose.figures.body import FACE_POINTS, SIDES, Body, pose, viewer_direction
+from cyclekd.integrations.tokenpose.figures.body import ANY, FACE_POINTS, SIDES, Body, Variety, pose, viewer_direction
 from cyclekd.integrations.tokenpose.figures.shapes import CIRCLE, capsule, capsule_layers, hull, outlined, rgb
 from cyclekd.integrations.tokenpose.shapes import Size
 from cyclekd.integrations.tokenpose.skeletons import COCO
@@ -58,9 +58,9 @@ def places(rng: np.random.Generator, people: tuple[int, int]) -> list[tuple[floa
     return [((index + 0.5) / count, 1 / count) for index in rng.permutation(count)]
 
 
-def make_figure(rng: np.random.Generator, size: Size, place: tuple[float, float]) -> Figure:
+def make_figure(rng: np.random.Generator, size: Size, place: tuple[float, float], variety: Variety = ANY) -> Figure:
     """A posed and dressed figure at its place (see `places`) in an image of `size`."""
-    body, colours = pose(rng), _colours(rng)
+    body, colours = pose(rng, variety), _colours(rng)
     parts = sorted(_dress(rng, body, colours), key=lambda part: part.depth)
     height = size[0] * rng.uniform(0.5, 0.98) * (1 if place[1] > 0.3 else 0.75)
     keypoints = np.array([body.joints[name][:2] for name in COCO.names])

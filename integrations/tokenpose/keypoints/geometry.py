@@ -24,9 +24,8 @@ def clean_boxes(boxes: Tensor, image_sizes: Tensor) -> Tensor:
     and lower sides end at the last pixel's index. A box of which nothing is left gets the width or height 0. Detected
     boxes are used as they are there. For a data set, once: it reads values. PoseError for NaN or infinite ones.
     """
-    check_shape("clean_boxes: boxes", boxes, "N", 4)
-    check_shape("clean_boxes: image_sizes", image_sizes, boxes.shape[0], 2)
     boxes = _finite("clean_boxes", boxes)
+    check_shape("clean_boxes: image_sizes", image_sizes, boxes.shape[0], 2)
     corner = boxes[:, :2].clamp(min=0)
     last = image_sizes.to(boxes).flip(1) - 1  # [N, (x, y)]
     size = torch.minimum(last, corner + boxes[:, 2:]) - corner

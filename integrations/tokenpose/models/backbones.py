@@ -1,4 +1,4 @@
-"""Feature maps of stride 4, made of timm's HRNet: its first stage alone (the "stem" of the S models), or three stages.
+"""Feature maps of stride 4, made of timm's HRNets: the first stage alone (the "stem" of the S models), or three stages.
 
 timm's module names are those of the published checkpoints.
 """
@@ -37,7 +37,7 @@ class Stem(nn.Module):
 
 
 class HRNet(Stem):
-    """Three stages of HRNet (CVPR 2019), and of these the branch of highest resolution: [B, 32 or 48, H/4, W/4]."""
+    """Three stages of HRNet (CVPR 2019), and of these the branch of highest resolution: [B, 16, 32 or 48, H/4, W/4]."""
 
     def __init__(self, hrnet: HighResolutionNet) -> None:
         super().__init__(hrnet)
@@ -55,7 +55,7 @@ class HRNet(Stem):
 
 
 def make_backbone(name: str, stage1_width: int = 64, pretrained: bool = False) -> Stem:
-    """The backbone "stem", "hrnet_w32" or "hrnet_w48", `pretrained` with timm's ImageNet weights.
+    """The backbone "stem" or an HRNet by timm's name, `pretrained` with timm's ImageNet weights.
 
     Errors: PoseError where there are no such weights (a stem alone, or a first stage of another width), or where they
     cannot be had.
@@ -63,10 +63,11 @@ def make_backbone(name: str, stage1_width: int = 64, pretrained: bool = False) -
     variant = "hrnet_w32" if name == "stem" else name
     if not pretrained:
         hrnet = _random_hrnet(variant, stage1_width, stages=1 if name == "stem" else 3)
-    elif name == "stem" or stage1_width != 64:
+    elif name == "stem" or stage1_width != _published_width(name):
         raise PoseError(
-            f"pretrained_backbone=True: ImageNet weights are there for hrnet_w32 and hrnet_w48 with stage1_width=64, "
-            f"and this model has backbone={name!r}, stage1_width={stage1_width}: leave it out, or take tokenpose_b"
+            "pretrained_backbone=True: ImageNet weights are there for hrnet_w32 and hrnet_w48 with stage1_width=64, "
+            f"hrnet_w18_small with 32; this model has backbone={name!r}, stage1_width={stage1_width}: leave it out, or "
+            "take tokenpose_b"
         )
     else:
         hrnet = timm_model(variant, pretrained=True)
@@ -82,6 +83,10 @@ def timm_model(name: str, *, pretrained: bool, **settings: Any) -> nn.Module:
             f"pretrained_backbone=True: the ImageNet weights of {name} cannot be had "
             f"({type(error).__name__}): connect to the hub once so that they are in its cache, or leave it out"
         ) from error
+
+
+def _published_width(variant: str) -> int:
+    return cfg_cls[variant]["stage1"]["num_channels"][0]
 
 
 def _random_hrnet(variant: str, stage1_width: int, stages: int) -> HighResolutionNet:

@@ -18,7 +18,7 @@ from cyclekd.integrations.tokenpose.errors import PoseError
 STRIDE = 4
 """Of every TokenPose backbone and of every heat map, in pixels."""
 
-Backbone = Literal["stem", "hrnet_w32", "hrnet_w48"]
+Backbone = Literal["stem", "hrnet_w18_small", "hrnet_w32", "hrnet_w48"]
 AttentionScale = Literal["head", "dim"]
 TokenHead = Literal["heatmap", "rle", "distilpose"]
 ResNet = Literal["resnet50", "resnet101", "resnet152"]

@@ -79,7 +79,10 @@ def _people(
     keypoints, scores = np.asarray(keypoints, float), np.asarray(scores, float)
     count = len(skeleton.names)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise PoseError(f"draw_poses takes an image uint8 [H, W, 3], and got {image.dtype} {list(image.shape)}")
+        raise PoseError(
+            f"draw_poses takes an image uint8 [H, W, 3], and got {image.dtype} {list(image.shape)}: load_image gives "
+            "one"
+        )
     if keypoints.ndim != 3 or keypoints.shape[1:] != (count, 2) or scores.shape != keypoints.shape[:2]:
         raise PoseError(
             f"draw_poses takes keypoints [N, {count}, 2] and scores [N, {count}] for this skeleton, and got "
@@ -131,14 +134,12 @@ def _draw_strokes(draw: ImageDraw.ImageDraw, points: dict[int, Point], skeleton:
 
 
 def _line(draw: ImageDraw.ImageDraw, stroke: _Stroke, width: float, color: tuple[int, ...]) -> None:
-    """With round ends. A polygon, since Pillow's own thick lines have whole pixels for a width."""
+    """A polygon, since Pillow's own thick lines have whole pixels for a width; dots cover its ends."""
     (x, y), (u, v) = stroke.start, stroke.end
     length = math.hypot(u - x, v - y)
     if length > 0:
         dx, dy = -(v - y) / length * width / 2, (u - x) / length * width / 2
         draw.polygon([(x + dx, y + dy), (u + dx, v + dy), (u - dx, v - dy), (x - dx, y - dy)], fill=color)
-    for end in (stroke.start, stroke.end):
-        _dot(draw, end, width / 2, color)
 
 
 def _dot(draw: ImageDraw.ImageDraw, center: Point, radius: float, color: tuple[int, ...]) -> None:

@@ -6,6 +6,11 @@ shows.
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +20,15 @@ from cyclekd.integrations.tokenpose.errors import PoseError
 
 ImageSource = str | Path | Image.Image | np.ndarray
 
+READ_AHEAD = min(4, os.cpu_count() or 1)
+"""Threads that decode images."""
+
 
 def load_image(source: ImageSource) -> np.ndarray:
-    """uint8 [H, W, 3], RGB, turned upright. Errors: PoseError for files that are no image, and other arrays."""
+    """uint8 [H, W, 3], RGB, turned upright; of an animation the first picture, and without its transparency.
+
+    Errors: PoseError for files that are no image, those with more than 8 bits for a colour, and other arrays.
+    """
     if isinstance(source, np.ndarray):
         return _as_rgb(source)
     try:
@@ -25,9 +36,28 @@ def load_image(source: ImageSource) -> np.ndarray:
             return _upright(source)
         with Image.open(source) as opened:
             return _upright(opened)
-    # Pillow has no class of its own for what is wrong in a file
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow has no class of its own for what is wrong in a file
         raise PoseError(f"{name_of(source)} cannot be read as an image: {first_line(error)}") from error
+
+
+def read_ahead(
+    sources: Iterable[ImageSource], on_unreadable: Callable[[ImageSource, PoseError], None]
+) -> Iterator[tuple[ImageSource, np.ndarray]]:
+    """Sources in order, each with its pixels; a few are always being decoded. `on_unreadable` gets the others."""
+    coming, reading = iter(sources), deque[tuple[ImageSource, Future[np.ndarray]]]()
+    with ThreadPoolExecutor(READ_AHEAD) as pool:
+        while True:
+            for source in islice(coming, 2 * READ_AHEAD - len(reading)):
+                reading.append((source, pool.submit(load_image, source)))
+            if not reading:
+                return
+            source, future = reading.popleft()
+            try:
+                pixels = future.result()
+            except PoseError as error:
+                on_unreadable(source, error)
+            else:
+                yield source, pixels
 
 
 def name_of(source: ImageSource) -> str:
@@ -49,9 +79,14 @@ def _as_rgb(array: np.ndarray) -> np.ndarray:
             "to 1 become (255 * image).astype('uint8'), and channels go last"
         )
     if channels == 3:
-        return np.ascontiguousarray(array)
+        return array
     return np.array(Image.fromarray(array.reshape(array.shape[:2]) if channels == 1 else array).convert("RGB"))
 
 
 def _upright(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):  # Pillow cuts these off at 255, and a photograph comes out white
+        raise ValueError(
+            f"it has more than 8 bits per pixel (Pillow's mode {image.mode}), and does not say which value is white: "
+            "save it with 8"
+        )
     return np.array(ImageOps.exif_transpose(image).convert("RGB"))

@@ -6,11 +6,7 @@ The model sees crops as its evaluation cuts them, and the next images are decode
 from __future__ import annotations
 
 import math
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from operator import length_hint
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,13 +36,10 @@ from cyclekd.integrations.tokenpose.keypoints.geometry import (
     transform_points,
 )
 from cyclekd.integrations.tokenpose.models.config import PoseConfig
-from cyclekd.integrations.tokenpose.prediction.detection import PERSON, Boxes, Detector, find_device
-from cyclekd.integrations.tokenpose.prediction.photos import ImageSource, load_image, name_of
+from cyclekd.integrations.tokenpose.prediction.detection import Boxes, Detector, check_boxes, find_device
+from cyclekd.integrations.tokenpose.prediction.photos import ImageSource, load_image, name_of, read_ahead
 from cyclekd.integrations.tokenpose.shapes import full_precision
 from cyclekd.integrations.tokenpose.skeletons import COCO, Skeleton
-
-READ_AHEAD = min(4, os.cpu_count() or 1)
-"""Images that are decoded while the model works, each in a thread of its own."""
 
 MOST_WAITING = 2**28
 """Bytes of images that wait for a batch of people to be full."""
@@ -87,9 +80,10 @@ class PosePredictor:
     With a detector it is `predictor(image, detector(image))`.
 
     `flip` averages with the mirrored image, as the papers report it, and takes twice the time; `method` is that of
-    `decode_heatmaps`. The model is moved to `device` (a GPU where there is one) and put into evaluation mode.
-    Errors: PoseError for a skeleton with another number of key points, images that cannot be read, and boxes that are
-    not finite, empty or wholly outside of the image.
+    `decode_heatmaps`. Crops are those of mmpose's convention, in which this library trains. The model is moved to
+    `device` (a GPU where there is one), and put into evaluation mode at every call.
+    Errors: PoseError for a skeleton with another number of key points, a model in half precision, images that cannot be
+    read, and boxes that are not finite, empty or wholly outside of the image.
     """
 
     def __init__(
@@ -105,13 +99,13 @@ class PosePredictor:
     ) -> None:
         _check_settings(model, skeleton, batch_size, precision)
         self.device = find_device(device)
-        self.model, self.skeleton = model.to(self.device).eval(), skeleton
+        self.model, self.skeleton = model.to(self.device), skeleton
         self.config: PoseConfig = model.config
         self.batch_size, self.flip, self.method, self.precision = batch_size, flip, method, precision
 
     def __call__(self, image: ImageSource, boxes: Boxes | Sequence[Any] | np.ndarray | None = None) -> Poses:
         pixels = load_image(image)
-        return self._poses([pixels], [_check_boxes(name_of(image), pixels, boxes)])[0]
+        return self._poses([pixels], [check_boxes(name_of(image), pixels, boxes)])[0]
 
     def predict_images(
         self,
@@ -120,21 +114,34 @@ class PosePredictor:
         *,
         detector: Detector | None = None,
         progress: bool = True,
-        on_unreadable: Callable[[ImageSource, PoseError], None] | None = None,
+        on_left_out: Callable[[ImageSource, PoseError], None] | None = None,
     ) -> Iterator[Prediction]:
         """A `Prediction` for each image, in order and as they come, so that any number of images takes little memory.
 
         `boxes` are by file name (`read_boxes`); an image without people has none, as in `{"empty.jpg": []}`. With a
         detector, of people who are the same to 0.9 OKS the best one is left. Neither of both: the whole images. People
-        of several images share batches. `on_unreadable` is called for images that cannot be read, which are then left
-        out; without it they raise PoseError.
+        of several images share batches. `on_left_out` is called for an image that cannot be read, or that has a box
+        which cannot be used, and why; without it that raises PoseError.
         """
         if boxes is not None and detector is not None:
             raise PoseError("predict_images got both boxes and a detector: leave out one of them")
+        if detector is not None:
+            _check_sigmas(self.skeleton)
+
+        def leave_out(source: ImageSource, error: PoseError) -> None:
+            if on_left_out is None:
+                raise error
+            bar.update()
+            on_left_out(source, error)
+
         waiting: list[tuple[ImageSource, np.ndarray, Boxes]] = []
         with tqdm(total=length_hint(images) or None, unit=" images", disable=None if progress else True) as bar:
-            for source, pixels in _read_ahead(images, on_unreadable):
-                waiting.append((source, pixels, _boxes_of(source, pixels, boxes, detector)))
+            for source, pixels in read_ahead(images, leave_out):
+                wanted = _boxes_of(source, pixels, boxes, detector)
+                try:
+                    waiting.append((source, pixels, check_boxes(name_of(source), pixels, wanted)))
+                except PoseError as error:
+                    leave_out(source, error)
                 people = sum(len(each.boxes) for *_, each in waiting)
                 if people >= self.batch_size or sum(each.nbytes for _, each, _ in waiting) >= MOST_WAITING:
                     yield from self._predictions(waiting, bar, detector is not None)
@@ -166,6 +173,7 @@ class PosePredictor:
 
     def _keypoints(self, images: list[np.ndarray], boxes: Tensor) -> Keypoints:
         """Of boxes [N, 4] and the image of each, on the host."""
+        self.model.eval()  # a training that goes on in between has put it back
         center, scale = center_and_scale(boxes, self.config.input_size)
         matrices = crop_matrices(center, scale, torch.zeros(len(boxes)), self.config.input_size)
         grid = self.config.feature_size if self.config.head == "heatmap" else (1, 1)
@@ -211,24 +219,6 @@ class PosePredictor:
         return Poses(*(column[kept] for column in poses))
 
 
-def coco_results(poses: Poses, image_id: int, file_name: str) -> list[dict[str, Any]]:
-    """Rows of a COCO result file, one for each person; `keypoints` is x, y and score of each key point in turn."""
-    rows = []
-    for keypoints, scores, box, score in zip(*poses, strict=True):
-        triples = np.concatenate((keypoints, scores[:, None]), 1)
-        rows.append(
-            {
-                "image_id": image_id,
-                "file_name": file_name,
-                "category_id": PERSON,
-                "keypoints": [round(float(value), 4) for value in triples.flatten()],
-                "score": round(float(score), 6),
-                "bbox": [round(float(value), 3) for value in box],
-            }
-        )
-    return rows
-
-
 def _check_settings(model: nn.Module, skeleton: Skeleton, batch_size: int, precision: str) -> None:
     keypoints = getattr(getattr(model, "config", None), "num_keypoints", None)
     if keypoints is None:
@@ -238,7 +228,13 @@ def _check_settings(model: nn.Module, skeleton: Skeleton, batch_size: int, preci
     if keypoints != len(skeleton.names):
         raise PoseError(
             f"PosePredictor: the model has {keypoints} key points, and the skeleton {len(skeleton.names)}: pass "
-            "skeleton=COCO for 17, CROWDPOSE for CrowdPose's 14, or a Skeleton of your own"
+            "skeleton=COCO for 17, CROWDPOSE for CrowdPose's 14, or a Skeleton of your own (--skeleton of the example)"
+        )
+    half = {weight.dtype for weight in model.parameters()} & {torch.float16, torch.bfloat16}
+    if half:
+        raise PoseError(
+            f"PosePredictor: the model's weights are {half.pop()}: pass model.float(), and precision='bf16' to compute "
+            "in half precision"
         )
     if batch_size < 1:
         raise PoseError(f"PosePredictor(batch_size={batch_size}) needs at least one person in a batch")
@@ -246,43 +242,27 @@ def _check_settings(model: nn.Module, skeleton: Skeleton, batch_size: int, preci
         raise PoseError(f"PosePredictor(precision={precision!r}): there are 'fp32' and 'bf16'")
 
 
-def _check_boxes(name: str, image: np.ndarray, boxes: Boxes | Sequence[Any] | np.ndarray | None) -> Boxes:
-    """The whole image where `boxes` is None; scores of 1 where there are none."""
-    height, width = image.shape[:2]
-    boxes, scores = boxes if isinstance(boxes, Boxes) else (boxes, None)
-    try:
-        given = np.asarray([(0, 0, width, height)] if boxes is None else boxes, np.float32)
-        given = given if given.size else np.zeros((0, 4), np.float32)
-        weights = np.ones(len(given), np.float32) if scores is None else np.asarray(scores, np.float32)
-    except (ValueError, TypeError) as error:
-        raise PoseError(f"{name}: boxes are [N, 4] as (x, y, width, height), and these {boxes!r}") from error
-    if given.ndim != 2 or given.shape[1] != 4 or weights.shape != given.shape[:1]:
+def _check_sigmas(skeleton: Skeleton) -> None:
+    count = len(skeleton.names)
+    if len(skeleton.sigmas) != count:
         raise PoseError(
-            f"{name}: boxes are [N, 4] as (x, y, width, height) and scores [N], and these {list(given.shape)} and "
-            f"{list(weights.shape)}; one box alone is [box]"
+            f"predict_images with a detector tells people apart by the {count} sigmas of their key points, and this "
+            f'skeleton has {len(skeleton.sigmas)}: add "sigmas" to the category of its annotation file, such as '
+            f"[0.05] * {count}"
         )
-    x, y, w, h = given.T
-    usable = np.isfinite(given).all(1) & (w > 0) & (h > 0) & (x < width) & (y < height) & (x + w > 0) & (y + h > 0)
-    if not usable.all():
-        row = int(np.flatnonzero(~usable)[0])
-        raise PoseError(
-            f"{name}: box {row} is {given[row].tolist()}, and a box (x, y, width, height) has a size above 0 and some "
-            f"of the image in it, which is {width} x {height} px; leave it out"
-        )
-    return Boxes(given, weights)
 
 
 def _boxes_of(
     source: ImageSource, image: np.ndarray, boxes: Mapping[str, Any] | None, detector: Detector | None
-) -> Boxes:
+) -> Boxes | Sequence[Any] | np.ndarray | None:
     if detector is not None:
-        return _check_boxes(name_of(source), image, detector(image))
+        return detector(image)
     if boxes is None:
-        return _check_boxes(name_of(source), image, None)
+        return None
     name = Path(source).name if isinstance(source, str | Path) else "an image that is no file"
     if name not in boxes:
         raise PoseError(f"there are no boxes for {name}: where there is nobody they are []")
-    return _check_boxes(name_of(source), image, boxes[name])
+    return boxes[name]
 
 
 def _visible_part(image: np.ndarray, matrix: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, Tensor]:
@@ -294,26 +274,4 @@ def _visible_part(image: np.ndarray, matrix: Tensor, size: tuple[int, int]) -> t
     left, top = (max(0, math.floor(low) - 2) for low in corners.amin(0).tolist())
     right, bottom = (math.ceil(high) + 2 for high in corners.amax(0).tolist())
     shift = torch.tensor([[[1.0, 0.0, left], [0.0, 1.0, top]]])
-    return np.ascontiguousarray(image[top:bottom, left:right]), compose_matrices(matrix[None], shift)
-
-
-def _read_ahead(
-    images: Iterable[ImageSource], on_unreadable: Callable[[ImageSource, PoseError], None] | None
-) -> Iterator[tuple[ImageSource, np.ndarray]]:
-    """Images in order, of which a few are always being decoded."""
-    sources, reading = iter(images), deque[tuple[ImageSource, Future[np.ndarray]]]()
-    with ThreadPoolExecutor(READ_AHEAD) as pool:
-        while True:
-            for source in islice(sources, 2 * READ_AHEAD - len(reading)):
-                reading.append((source, pool.submit(load_image, source)))
-            if not reading:
-                return
-            source, future = reading.popleft()
-            try:
-                pixels = future.result()
-            except PoseError as error:
-                if on_unreadable is None:
-                    raise
-                on_unreadable(source, error)
-            else:
-                yield source, pixels
+    return image[top:bottom, left:right].copy(), compose_matrices(matrix[None], shift)

@@ -8,28 +8,45 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from cyclekd.integrations.runs.arguments import KeyValues, add_run_arguments, require_ranges
 from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.tokenpose.models.config import PRESETS
 
 FIRST_LOOK: dict[str, Any] = {
     "model": "sdpose_t",
-    "model_args": {"input_size": (64, 48), "depth": 4, "stage1_width": 32},
+    "model_args": {
+        "input_size": (64, 48),
+        "backbone": "hrnet_w18_small",
+        "stage1_width": 32,
+        "depth": 4,
+        "dim": 96,
+        "heads": 4,
+    },
     "cycles": 2,
-    "epochs": 10,
-    "lr_drop_epochs": [7, 9],
+    "epochs": 16,
+    "lr_drop_epochs": [12, 15],
+    "evaluate_every": 4,
     "warmup_steps": 50,
     "batch_size": 32,
     "log_every": 20,
+    "threads": 2,
     "sigma": 1.0,
-    "rotation": 20.0,
+    "shift": 0.0,
     "half_body": 0.0,
+    "scale": 0.1,
+    "rotation": 0.0,
 }
 """Without `--data`: a model and a length for the synthetic figures, on two CPU cores."""
 
-FIGURES = {"train": 4000, "val": 300}
+FIGURES = {"train": 3000, "val": 200, "calm": True}
 """Synthetic images in the first look."""
+
+
+RECIPE_BATCH = {"sdpose_s_v2": 8 * 24, "sdpose_b": 8 * 32, "sdpose_b_narrow": 8 * 32}
+"""The paper's global batches where they are not 8 x 64, as in its released settings; the text has 8 x 64 for all."""
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +54,7 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     parser = argparse.ArgumentParser(
         usage="accelerate launch %(prog)s [options]",
         description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=112),
     )
     add_data_arguments(parser)
     add_model_arguments(parser)
@@ -47,49 +64,79 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     add_evaluation_arguments(parser)
     add_run_arguments(parser)
     known, _ = parser.parse_known_args(arguments)
-    if known.data is None:
-        parser.set_defaults(**FIRST_LOOK)
+    if is_first_look(known):
+        fixed = () if known.init_from is None else ("model", "model_args", "cycles")
+        parser.set_defaults(**{name: value for name, value in FIRST_LOOK.items() if name not in fixed})
     return parser.parse_args(arguments)
 
 
+def is_first_look(args: argparse.Namespace) -> bool:
+    """Whether it is about synthetic figures, as neither a folder nor files are given."""
+    return args.data is None and args.train_annotations is None and args.val_annotations is None
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("the data").add_argument
+    text = (
+        "A folder in COCO's layout has annotations/person_keypoints_train2017.json and ..._val2017.json beside the\n"
+        "images in train2017/ and val2017/; in CrowdPose's, crowdpose_trainval.json and ..._test.json beside images/.\n"
+        "The annotations say what the key points are: names, flip pairs, sigmas for AP.\n"
+        "Without --data figures are drawn into runs/synthetic-figures, and these settings take the place of the\n"
+        "defaults below: " + ", ".join(f"{_option(name)} {_shown(value)}" for name, value in FIRST_LOOK.items()) + "."
+    )
+    add = parser.add_argument_group("the data", fill(text)).add_argument
+    add("--data", type=Path, metavar="FOLDER", help="with annotations and images of both splits")
+    for split, what in (("train", "to learn from"), ("val", "to evaluate on")):
+        add(f"--{split}-annotations", type=Path, metavar="FILE", help=f"of the people {what}, in place of --data's")
+        add(f"--{split}-images", type=Path, metavar="FOLDER", help="that goes with it")
     add(
-        "--data",
+        "--cache-dir",
         type=Path,
         metavar="FOLDER",
-        help="in COCO's layout: annotations/person_keypoints_train2017.json, ..._val2017.json, train2017, val2017; or "
-        "CrowdPose's (default: synthetic figures, drawn into the run folder, with settings to fit: "
-        + ", ".join(f"{name.replace('_', '-')} {value}" for name, value in FIRST_LOOK.items())
-        + ")",
+        help="where people are kept who were cut out of the photographs, once for all runs (default: .cyclekd beside "
+        "the annotations, or runs/cache where that cannot be written)",
     )
-    for split, what in (("train", "to learn from"), ("val", "to evaluate on after each epoch")):
-        name = f"--{split}-annotations"
-        add(name, type=Path, metavar="FILE", help=f"any COCO key point file {what}, instead of the one in --data")
-        add(f"--{split}-images", type=Path, metavar="FOLDER", help="and its images")
-    add("--cache-dir", type=Path, metavar="FOLDER", help="of the cut people (default: --data's .cyclekd)")
-    add("--no-cache", action="store_true", help="cut people from the photographs in every epoch")
+    add(
+        "--cache-pixels",
+        action="store_true",
+        help="keep them as pixels, not as JPEG files: three times as fast to read, five to seven times the space",
+    )
+    add("--no-cache", action="store_true", help="cut people out of the photographs again in every epoch")
+    add(
+        "--exact-crops",
+        action="store_true",
+        help="interpolate on the CPU, from whole photographs, as the paper's code does with OpenCV, in place of the "
+        "cache and the device: slow, to compare with",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the model").add_argument
-    add("--model", default="sdpose_s_v1", metavar="NAME", help="of list_models() (default: sdpose_s_v1)")
+    add(
+        "--model",
+        metavar="NAME",
+        help=f"one of {', '.join(PRESETS)} (default: sdpose_s_v1, or what --init-from holds). Those that predict "
+        "coordinates learn with RLE; tokenreg_s does with --model-args head=rle",
+    )
     add(
         "--model-args",
         nargs="+",
         default={},
         action=KeyValues,
         metavar="NAME=VALUE",
-        help="fields of its preset to change, such as input_size=128,96 depth=6; how many key points the data says",
+        help="fields of it to change, such as input_size=128,96 (height, width) or depth=6",
     )
-    add("--pretrained-backbone", action="store_true", help="ImageNet weights for HRNet and ResNet, from the hub")
+    add(
+        "--pretrained-backbone",
+        action="store_true",
+        help="begin with ImageNet weights in HRNet or ResNet, from the hub",
+    )
     add(
         "--init-from",
         type=Path,
         metavar="FOLDER",
-        help="start from a model of save_pretrained, such as the model/ of an earlier run",
+        help="begin with the weights in a folder of save_pretrained, such as model/ of an earlier run",
     )
-    add("--new-head", action="store_true", help="take over what fits of --init-from, for other key points")
+    add("--new-head", action="store_true", help="of these weights take over those that fit, for other key points")
 
 
 def add_cycle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,57 +146,108 @@ def add_cycle_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="passes through the blocks in training, each learning from the next; the saved model makes one. 1 is the "
-        "plain baseline (default: the model's, 2 or 3 for sdpose_* and else 1)",
+        "plain baseline (default: the model's, 2 or 3 for sdpose_* and 1 for others)",
     )
     add(
         "--alpha",
         type=float,
-        default=5e-6,
-        help="weight of the token term, for keypoint and visual tokens alike; the paper's, and right for heat maps "
-        "alone (default: 5e-6)",
+        metavar="X",
+        help="weight of the distance between cycles' tokens, for keypoint and for visual tokens (default: 5e-6, as "
+        "in the paper; right for heat maps of 64x48)",
     )
-    add("--rho", type=float, help="weight relative to task loss and token variance, instead of --alpha")
+    add(
+        "--rho",
+        type=float,
+        metavar="X",
+        help="in place of --alpha: relative to task loss and token variance, about 0.3",
+    )
 
 
 def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("optimisation", "Adam, a rate in three steps.").add_argument
-    add("--epochs", type=int, default=300, metavar="N", help="CrowdPose is mostly trained for 210 (default: 300)")
-    add("--batch-size", type=int, default=64, metavar="N", help="people per process; the paper had 8 (default: 64)")
-    add("--accumulate", type=int, default=1, metavar="N", help="batches per step, where memory is short (default: 1)")
-    add("--lr", type=float, default=1e-3, help="for whatever global batch: the paper does not scale it (default: 1e-3)")
+    text = "Adam without weight decay. The paper has a global batch of 512 (8 GPUs) and one rate for every batch."
+    add = parser.add_argument_group("optimisation", text).add_argument
+    add(
+        "--epochs", type=int, default=300, metavar="N", help="300 in the paper; CrowdPose has mostly 210 (default: 300)"
+    )
+    add("--batch-size", type=int, default=64, metavar="N", help="people per process and batch (default: 64)")
+    add("--accumulate", type=int, default=1, metavar="N", help="batches per step, in place of more GPUs (default: 1)")
+    add("--lr", type=float, default=1e-3, metavar="X", help="not scaled with the batch (default: 1e-3)")
     add(
         "--lr-drop-epochs",
         type=int,
         nargs="*",
         default=[200, 260],
         metavar="N",
-        help="after which the rate is a tenth (default: 200 260)",
+        help="after which the rate is a tenth of what it was (default: 200 260)",
     )
-    add("--warmup-steps", type=int, default=500, metavar="N", help="of a rate that rises from 0 (default: 500)")
+    add(
+        "--warmup-steps",
+        type=int,
+        default=500,
+        metavar="N",
+        help="in which the rate rises from a thousandth (default: 500)",
+    )
     add(
         "--sigma",
         type=float,
         default=2.0,
         metavar="PIXELS",
-        help="of the heat maps' Gaussians, in their pixels; less for maps smaller than 64x48 (default: 2)",
+        help="of the Gaussians in the heat maps, in pixels of these; 1 suits maps of 16x12 (default: 2)",
     )
     add("--clip-grad", type=float, metavar="X", help="largest norm of the gradient (default: none, as in the paper)")
 
 
 def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("augmentation", "Of a person's box, in this order.").add_argument
-    add("--shift", type=float, default=0.3, metavar="P", help="probability of up to 0.16 of the box (default: 0.3)")
-    add("--flip", type=float, default=0.5, metavar="P", help="probability; left becomes right (default: 0.5)")
-    add("--half-body", type=float, default=0.3, metavar="P", help="probability of one half alone (default: 0.3)")
-    add("--scale", type=float, default=0.35, metavar="X", help="largest change of the size (default: 0.35)")
-    add("--rotation", type=float, default=45.0, metavar="DEGREES", help="deviation, 6 times in 10 (default: 45)")
+    text = "Of a person's box, in this order. CrowdPose's defaults are mmpose's, as the paper does not tell its own."
+    add = parser.add_argument_group("augmentation", text).add_argument
+    add("--shift", type=float, metavar="P", help="probability of a shift by up to 0.16 of the box (default: 0.3)")
+    add("--flip", type=float, metavar="P", help="probability of mirroring, which exchanges sides (default: 0.5)")
+    add(
+        "--half-body",
+        type=float,
+        metavar="P",
+        help="probability of the upper or lower half alone, where more than 8 key points are labelled (CrowdPose: 6) "
+        "(default: 0.3)",
+    )
+    add("--scale", type=float, metavar="X", help="deviation and limit of the zoom (default: 0.35, CrowdPose: 0.5)")
+    add(
+        "--rotation",
+        type=float,
+        metavar="DEGREES",
+        help="deviation, and half the limit, in 6 of 10 cases (default: 45, CrowdPose: 40)",
+    )
 
 
 def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("evaluation", "Of every cycle, on ground-truth boxes unless others are given.")
-    add = add.add_argument
-    add("--boxes", type=Path, metavar="FILE", help="a detector's, COCO's result format; the figures then say so")
+    text = (
+        "COCO's AP and AR of every cycle (CrowdPose's by crowding), after each --evaluate-every epochs. Figures of\n"
+        "ground-truth boxes are higher than the published ones, which are of a detector's."
+    )
+    add = parser.add_argument_group("evaluation", fill(text)).add_argument
+    add(
+        "--boxes",
+        type=Path,
+        metavar="FILE",
+        help="a detector's boxes of the validation images, a JSON list of {image_id, category_id, bbox, score} "
+        "(default: the ground truth's)",
+    )
+    add("--box-score", type=float, metavar="X", help="least score of --boxes that count (default: 0, as in the paper)")
     add("--no-flip-test", action="store_true", help="do not average with the mirrored image: half the time")
+
+
+def fill(text: str) -> str:
+    """In lines that fit a page; argparse leaves descriptions as they are."""
+    return "\n".join(wrap(" ".join(text.split()), 108))
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_shown(each).replace(' ', ',')}" for name, each in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 RANGES = {
@@ -172,13 +270,43 @@ RANGES = {
 def check_arguments(args: argparse.Namespace) -> None:
     """Errors: RunError for a number out of range, and for arguments that say nothing together."""
     require_ranges(args, RANGES)
+    drops = args.lr_drop_epochs
+    if sorted({*drops}) != drops or any(epoch < 1 for epoch in drops):
+        raise RunError(f"--lr-drop-epochs {' '.join(map(str, drops))}: these are epochs from 1 on, in order")
     for split in ("train", "val"):
         given = [getattr(args, f"{split}_{what}") for what in ("annotations", "images")]
         if (given[0] is None) != (given[1] is None):
             raise RunError(f"--{split}-annotations and --{split}-images go together: give both")
-        if args.data is None and given[0] is not None:
-            raise RunError(f"--{split}-annotations: goes with --data, the folder that the rest is in")
+    missing = [split for split in ("train", "val") if getattr(args, f"{split}_annotations") is None]
+    if args.data is None and len(missing) == 1:
+        raise RunError(
+            f"--{missing[0]}-annotations, --{missing[0]}-images: give them too, or --data, which has both splits"
+        )
     if args.new_head and args.init_from is None:
         raise RunError("--new-head: goes with --init-from; without it every head is new")
     if args.pretrained_backbone and args.init_from is not None:
-        raise RunError("--pretrained-backbone, --init-from: both name weights to start from; leave one out")
+        raise RunError("--pretrained-backbone, --init-from: both name weights to begin with; leave one out")
+    if args.alpha is not None and args.rho is not None:
+        raise RunError("--alpha, --rho: both weigh the tokens; leave one out")
+    if args.box_score is not None and args.boxes is None:
+        raise RunError("--box-score: goes with --boxes, a detector's; those of the ground truth have no scores")
+    if args.cache_pixels and (args.no_cache or args.exact_crops):
+        raise RunError("--cache-pixels: there is no cache with --no-cache or --exact-crops; leave one out")
+    if args.exact_crops and args.cache_dir is not None:
+        raise RunError(
+            "--exact-crops, --cache-dir: exact crops are of whole photographs, not of a cache; leave one out"
+        )
+
+
+def recipe_warnings(args: argparse.Namespace, name: str, global_batch: int, steps: int) -> list[str]:
+    """What to know where a run on data of one's own is not as the paper's of the model called `name`."""
+    found = []
+    recipe = RECIPE_BATCH.get(name, 8 * 64)
+    if global_batch != recipe and not is_first_look(args):
+        more = "" if recipe % global_batch else f": --accumulate {args.accumulate * recipe // global_batch} makes it so"
+        found.append(f"the global batch is {global_batch}, and the paper's {recipe} at a rate of 1e-3{more}")
+    if args.warmup_steps >= steps:
+        found.append(f"the rate rises for --warmup-steps {args.warmup_steps}, and the run ends after {steps}")
+    if args.lr_drop_epochs and args.lr_drop_epochs[-1] >= args.epochs:
+        found.append(f"--lr-drop-epochs {args.lr_drop_epochs[-1]} is not reached in {args.epochs} epochs")
+    return found

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import os
+import stat
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,33 +14,43 @@ from accelerate.utils import set_seed
 from timm.scheduler import MultiStepLRScheduler
 from torch import Tensor, nn
 
-from cyclekd import CycleError, CycleLoss
+from cyclekd import CycleError
 from cyclekd.integrations.runs.arguments import make_accelerator, rhythm_of, workers_of
 from cyclekd.integrations.runs.card import model_card
 from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.folder import RunFolder, write_text_atomically
+from cyclekd.integrations.runs.folder import RUNS, RunFolder, write_text_atomically
 from cyclekd.integrations.runs.loading import load_batches
-from cyclekd.integrations.runs.processes import main_process_first
-from cyclekd.integrations.runs.progress import duration
+from cyclekd.integrations.runs.processes import main_process_first, on_main_process
+from cyclekd.integrations.runs.progress import Log, duration
 from cyclekd.integrations.runs.sampling import TrainingBatches
 from cyclekd.integrations.runs.start import open_run, report
 from cyclekd.integrations.runs.training import Outcome, Training
 from cyclekd.integrations.tokenpose.data.crops import EvaluationCrops, TrainingCrops
-from cyclekd.integrations.tokenpose.data.people import People, find_split, read_people
+from cyclekd.integrations.tokenpose.data.people import DETECTOR, People, find_split, read_people
 from cyclekd.integrations.tokenpose.data.views import ViewSettings
 from cyclekd.integrations.tokenpose.figures.draw import write_figures
-from cyclekd.integrations.tokenpose.losses.supervised import HeatmapLoss
-from cyclekd.integrations.tokenpose.models.config import TokenPoseConfig
+from cyclekd.integrations.tokenpose.models.config import TokenPoseConfig, config_for
 from cyclekd.integrations.tokenpose.models.create import create_model
-from cyclekd.integrations.tokenpose.models.tokenpose import token_groups
 from cyclekd.integrations.tokenpose.shapes import Size
-from cyclekd.integrations.tokenpose.training.arguments import FIGURES, check_arguments, parse_arguments
+from cyclekd.integrations.tokenpose.skeletons import CROWDPOSE, Skeleton
+from cyclekd.integrations.tokenpose.training.arguments import (
+    FIGURES,
+    check_arguments,
+    is_first_look,
+    parse_arguments,
+    recipe_warnings,
+)
+from cyclekd.integrations.tokenpose.training.objective import Supervised, make_criterion, weights_of_model
+from cyclekd.integrations.tokenpose.training.pictures import draw_predictions
 from cyclekd.integrations.tokenpose.training.task import PoseEstimation
 from cyclekd.integrations.tokenpose.weights.hub import from_pretrained, save_pretrained
 
-CACHE = ".cyclekd"
-"""Folder beside the annotations for the cache of people."""
+MODEL = "sdpose_s_v1"
+SYNTHETIC = RUNS / "synthetic-figures"
+
+CACHE, OTHER_CACHE = ".cyclekd", RUNS / "cache"
+"""The cache of people: a folder beside the annotations, or where that cannot be written."""
 
 SHOWN = ("AP", "AP50", "AR")
 
@@ -49,6 +61,38 @@ class PoseData:
 
     train: People
     validation: People
+    boxes: Path | None
+    """The detector's file, where those are its boxes..."""
+    least_score: float
+    """... and the score from which on they count."""
+
+    def records(self) -> dict[str, object]:
+        """For the log."""
+        return {
+            "train": self.train.annotations,
+            "train_people": len(self.train),
+            "train_skipped": dict(self.train.skipped.counts),
+            "validation": self.validation.annotations,
+            "validation_people": len(self.validation),
+            "validation_skipped": dict(self.validation.skipped.counts),
+            "boxes": self.validation.source,
+            "boxes_file": self.boxes,
+            "least_box_score": self.least_score,
+            "keypoints": len(self.train.skeleton.names),
+        }
+
+    def boxes_in_words(self) -> str:
+        """Whose boxes the figures hold for."""
+        if self.validation.source != DETECTOR:
+            return f"{self.validation.source} boxes"
+        return f"{DETECTOR} boxes of {self.boxes} with scores from {self.least_score:g}"
+
+
+class PoseTraining(Training):
+    """Of a `Supervised`, whose model alone is deployed."""
+
+    def deployable_weights(self) -> dict[str, Tensor]:
+        return weights_of_model(super().deployable_weights())
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
@@ -68,6 +112,7 @@ def main(description: str, arguments: list[str] | None = None) -> int:
 def train(accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Set up, train, save; the exit code."""
     check_arguments(args)
+    check_folder(accelerator, args)
     data = read_data(accelerator, args)
     training = set_up(accelerator, args, data)
     if accelerator.is_main_process:
@@ -76,44 +121,57 @@ def train(accelerator: Accelerator, args: argparse.Namespace) -> int:
     if outcome.finished:
         weights = training.deployable_weights()  # gathered by all processes
         if accelerator.is_main_process:
-            save_plain_model(training, weights)
-            write_card(training.folder, outcome, args, accelerator)
+            finish(training, outcome, weights, data, args)
     if accelerator.is_main_process:
-        print(summary(training, outcome), flush=True)
+        print(summary(training, outcome, data), flush=True)
     return outcome.exit_code
 
 
+def check_folder(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Before work that takes long. Errors: RunError where --out holds something."""
+    if args.out is not None and not args.resume:
+        on_main_process(accelerator, lambda: RunFolder.create(args.out, "") and None)
+
+
 def read_data(accelerator: Accelerator, args: argparse.Namespace) -> PoseData:
-    """The people of both splits; without --data, of synthetic figures that are drawn first."""
+    """The people of both splits; of synthetic figures, which are drawn first, where no other data are given."""
     data = args.data
-    if data is None:
-        data = args.cache_dir or Path("runs") / "synthetic-figures"
-        main_process_first(accelerator, lambda: write_figures(data, **FIGURES, seed=0))
+    if is_first_look(args):
+        data = main_process_first(accelerator, lambda: write_figures(SYNTHETIC, **FIGURES, seed=0))
     splits = {}
     for split in ("train", "val"):
         annotations, images = getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images")
         if annotations is None:
             annotations, images = find_split(data, split)
-        boxes = args.boxes if split == "val" else None
-        splits[split] = read_people(annotations, images, boxes=boxes, for_training=split == "train")
-    train, validation = splits["train"], splits["val"]
-    if train.skeleton.names != validation.skeleton.names:
+        detected = {"boxes": args.boxes, "least_score": args.box_score or 0.0} if split == "val" and args.boxes else {}
+        splits[split] = read_people(annotations, images, for_training=split == "train", **detected)
+    check_skeletons(splits["train"], splits["val"])
+    return PoseData(splits["train"], splits["val"], args.boxes, args.box_score or 0.0)
+
+
+def check_skeletons(train: People, validation: People) -> None:
+    """Errors: RunError where the splits have other key points, or AP cannot be measured."""
+    one, other = train.skeleton, validation.skeleton
+    if one.names != other.names:
         raise RunError(
-            f"the key points of {train.annotations} are {', '.join(train.skeleton.names)}, and of "
-            f"{validation.annotations} {', '.join(validation.skeleton.names)}: both splits need the same"
+            f"the {len(one.names)} key points of {train.annotations} are {', '.join(one.names)}, and the "
+            f"{len(other.names)} of {validation.annotations} {', '.join(other.names)}: both splits need the same"
         )
-    return PoseData(train, validation)
+    if {frozenset(pair) for pair in one.flip_pairs} != {frozenset(pair) for pair in other.flip_pairs}:
+        raise RunError(
+            f"a mirrored image exchanges the key points {one.flip_pairs} by {train.annotations}, and "
+            f"{other.flip_pairs} by {validation.annotations}: both splits need the same flip_pairs"
+        )
+    if not other.sigmas:
+        raise RunError(
+            f"{validation.annotations}: AP needs the category's sigmas, how far annotators' clicks spread relative to "
+            f'a person\'s size, one per key point: add "sigmas": {[0.05] * len(other.names)} to treat all alike'
+        )
 
 
-def set_up(accelerator: Accelerator, args: argparse.Namespace, data: PoseData) -> Training:
+def set_up(accelerator: Accelerator, args: argparse.Namespace, data: PoseData) -> PoseTraining:
     """Everything between the arguments and the first step; whatever cannot work fails here."""
     rhythm, workers = rhythm_of(args), workers_of(args)
-    set_seed(args.seed)  # the same initial weights on every process
-    model = build_model(args, len(data.train.skeleton.names))
-    config = model.config
-    if config.head != "heatmap":
-        raise RunError(f"--model {args.model}: predicts coordinates; this training is for heat maps")
-    model = model.to(accelerator.device)
     order = TrainingBatches(
         len(data.train),
         batch=args.batch_size,
@@ -123,20 +181,23 @@ def set_up(accelerator: Accelerator, args: argparse.Namespace, data: PoseData) -
         processes=accelerator.num_processes,
         rank=accelerator.process_index,
     )
-    crops = training_crops(accelerator, args, data.train, config.input_size, workers)
-    validation = EvaluationCrops(data.validation, config.input_size)
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=accelerator.device.type == "cuda")
-    schedule = build_schedule(optimizer, args, order.steps_per_epoch)
-    criterion = build_criterion(model, args)
+    set_seed(args.seed)  # the same initial weights on every process
+    model = build_model(args, len(data.train.skeleton.names))
+    config, criterion = model.config, make_criterion(model, alpha=args.alpha, rho=args.rho)
     cycles = config.cycles if isinstance(config, TokenPoseConfig) else 1
+    views = view_settings(args, data.train.skeleton)
+    crops = training_crops(accelerator, args, data.train, config.input_size, views, workers)
+    supervised = Supervised(model, criterion).to(accelerator.device)
+    fused = accelerator.device.type == "cuda"
+    optimizer = torch.optim.Adam(supervised.parameters(), lr=args.lr, fused=fused)
+    schedule = build_schedule(optimizer, args, order.steps_per_epoch)
     if args.compile:
         model.compile()
-    model, optimizer = accelerator.prepare(model, optimizer)
+    supervised, optimizer = accelerator.prepare(supervised, optimizer)
     task = PoseEstimation(
         accelerator,
-        criterion,
         config=config,
-        validation=validation,
+        validation=EvaluationCrops(data.validation, config.input_size, exact=args.exact_crops),
         people=data.validation,
         batch=args.batch_size,
         workers=workers,
@@ -144,13 +205,15 @@ def set_up(accelerator: Accelerator, args: argparse.Namespace, data: PoseData) -
         sigma=args.sigma,
         flip_test=not args.no_flip_test,
     )
-    saved = {**vars(args), "processes": accelerator.num_processes, "global_batch": order.global_batch}
-    saved["precision"] = accelerator.mixed_precision
-    return Training(
+    saved = {**vars(args), "views": asdict(views), "processes": accelerator.num_processes}
+    saved |= {"global_batch": order.global_batch, "precision": accelerator.mixed_precision}
+    folder = open_run(accelerator, args, name=f"{config.name}-cycles{cycles}", settings=saved)
+    on_main_process(accelerator, lambda: log_data(folder, data))
+    return PoseTraining(
         accelerator,
-        folder=open_run(accelerator, args, name=f"{args.model}-cycles{cycles}", settings=saved),
+        folder=folder,
         task=task,
-        model=model,
+        model=supervised,
         optimizer=optimizer,
         schedule=schedule,
         order=order,
@@ -159,111 +222,178 @@ def set_up(accelerator: Accelerator, args: argparse.Namespace, data: PoseData) -
         clip_norm=args.clip_grad,
         rhythm=rhythm,
         problem_of=crops.problem,
+        measures=SHOWN,
     )
 
 
 def build_model(args: argparse.Namespace, num_keypoints: int) -> nn.Module:
-    """The model for that many key points, wrapped where it has several cycles.
+    """The model for that many key points, wrapped where it has several cycles; in training mode.
 
     Errors: PoseError for an unknown name or fields, and for weights that do not fit.
     """
     settings = {**args.model_args, "num_keypoints": num_keypoints}
-    if args.cycles is not None:
-        settings["cycles"] = args.cycles
     if args.init_from is not None:
-        return from_pretrained(args.init_from, strict=not args.new_head, **settings).train()
-    return create_model(args.model, pretrained_backbone=args.pretrained_backbone, **settings)
+        model = load_model(args, settings)
+    else:
+        name = args.model or MODEL
+        settings |= cycles_of(args, isinstance(config_for(name), TokenPoseConfig))
+        model = create_model(name, pretrained_backbone=args.pretrained_backbone, **settings)
+    return model.train()
 
 
-def build_criterion(model: nn.Module, args: argparse.Namespace) -> CycleLoss:
-    """The heat-map loss of every cycle and the token terms; a model without tokens has none."""
-    groups = token_groups(model) if isinstance(model.config, TokenPoseConfig) else None
-    if args.rho is not None:
-        return CycleLoss(HeatmapLoss(), rho=args.rho, groups=groups)
-    return CycleLoss(HeatmapLoss(), alpha=args.alpha, groups=groups)
+def load_model(args: argparse.Namespace, settings: dict[str, object]) -> nn.Module:
+    """That of --init-from, with these settings. Errors: RunError where it is not the --model, and PoseError."""
+    config = from_pretrained(args.init_from).config
+    if args.model not in (None, config.name):
+        raise RunError(f"--init-from {args.init_from}: holds {config.name} and not --model {args.model}; leave one out")
+    if config.num_keypoints != settings["num_keypoints"] and not args.new_head:
+        raise RunError(
+            f"--init-from {args.init_from}: predicts {config.num_keypoints} key points, and the data have "
+            f"{settings['num_keypoints']}: add --new-head to take over all weights but those that depend on it"
+        )
+    settings |= cycles_of(args, isinstance(config, TokenPoseConfig))
+    return from_pretrained(args.init_from, strict=not args.new_head, **settings)
+
+
+def cycles_of(args: argparse.Namespace, has_blocks: bool) -> dict[str, int]:
+    """The field of a config that --cycles sets; a model without blocks makes one pass anyway."""
+    return {} if args.cycles is None or (args.cycles == 1 and not has_blocks) else {"cycles": args.cycles}
 
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, args: argparse.Namespace, steps_per_epoch: int
 ) -> MultiStepLRScheduler:
-    """A rate that rises for `--warmup-steps`, and is a tenth after each of `--lr-drop-epochs`; of the step alone."""
+    """A rate that rises for `--warmup-steps`, and is a tenth after each of `--lr-drop-epochs`; of the step alone.
+
+    As mmcv's, which begins at a thousandth and counts the warm-up to the epochs.
+    """
     return MultiStepLRScheduler(
         optimizer,
-        decay_t=[epoch * steps_per_epoch for epoch in args.lr_drop_epochs],
+        decay_t=[epoch * steps_per_epoch + 1 for epoch in args.lr_drop_epochs],  # timm drops one step early
         decay_rate=0.1,
         warmup_t=args.warmup_steps,
         warmup_lr_init=args.lr * 1e-3,
+        warmup_prefix=False,
         t_in_epochs=False,
     )
 
 
+def view_settings(args: argparse.Namespace, skeleton: Skeleton) -> ViewSettings:
+    """What was given, and else the recipe of the data set."""
+    given = {
+        "shift_probability": args.shift,
+        "flip": args.flip,
+        "half_body": args.half_body,
+        "scale": args.scale,
+        "rotation": args.rotation,
+    }
+    recipe = ViewSettings.crowdpose() if skeleton.names == CROWDPOSE.names else ViewSettings()
+    return replace(recipe, **{name: value for name, value in given.items() if value is not None})
+
+
 def training_crops(
-    accelerator: Accelerator, args: argparse.Namespace, people: People, input_size: Size, workers: int
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    people: People,
+    input_size: Size,
+    views: ViewSettings,
+    workers: int,
 ) -> TrainingCrops:
-    """Random views of the people; the main process makes the cache for all."""
-    settings = ViewSettings(
-        shift_probability=args.shift,
-        flip=args.flip,
-        half_body=args.half_body,
-        scale=args.scale,
-        rotation=args.rotation,
-    )
-    cache = None if args.no_cache else args.cache_dir or people.annotations.parent / CACHE
+    """Random views of the people; one process of each machine makes the cache for all."""
+    cache = None if args.no_cache or args.exact_crops else args.cache_dir or default_cache(people)
 
     def make() -> TrainingCrops:
-        return TrainingCrops(people, input_size, settings, cache=cache, workers=workers)
+        stored = {"cache": cache, "workers": workers, "compress": not args.cache_pixels}
+        return TrainingCrops(people, input_size, views, exact=args.exact_crops, **stored)
 
     return main_process_first(accelerator, make)
 
 
-def save_plain_model(training: Training, weights: dict[str, Tensor]) -> None:
-    """`model/` in the run folder, as `save_pretrained` writes it; `from_pretrained` reads it."""
-    model = training.accelerator.unwrap_model(training.model)
+def default_cache(people: People) -> Path:
+    beside = people.annotations.parent / CACHE
+    folder = beside if beside.is_dir() else beside.parent
+    protected = not folder.stat().st_mode & stat.S_IWUSR  # root could write there, and should not
+    return beside if os.access(folder, os.W_OK) and not protected else OTHER_CACHE
+
+
+def log_data(folder: RunFolder, data: PoseData) -> None:
+    """The first record of a run: who takes part in it."""
+    log = Log(folder.log)
+    if not log.read():
+        log.write("data", 0, **data.records())
+
+
+def finish(
+    training: PoseTraining, outcome: Outcome, weights: dict[str, Tensor], data: PoseData, args: argparse.Namespace
+) -> None:
+    """The plain model in `model/`, as `save_pretrained` writes it, a picture of what it predicts, and its card."""
+    model = training.accelerator.unwrap_model(training.model).model
     model.load_state_dict(weights)
     save_pretrained(model, training.folder.final)
+    title = f"{model.config.name}: annotated (left) and predicted in one pass (right), {data.validation.source} boxes"
+    draw_predictions(pictures_of(training.folder), model, training.task.validation, title)
+    write_card(training, outcome, data, args)
 
 
-def introduction(training: Training, data: PoseData, args: argparse.Namespace) -> str:
+def pictures_of(folder: RunFolder) -> Path:
+    return folder.path / "predictions.png"
+
+
+def introduction(training: PoseTraining, data: PoseData, args: argparse.Namespace) -> str:
     """What is about to happen, in a few lines."""
-    order, accelerator, task = training.order, training.accelerator, training.task
+    order, accelerator, config = training.order, training.accelerator, training.task.config
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     shares = f"{args.batch_size} x {accelerator.num_processes} processes x {args.accumulate} accumulated"
+    cycles = training.task.cycles
+    people, size = "synthetic figures" if is_first_look(args) else "people", "x".join(map(str, config.input_size))
     lines = [
-        f"{data.train.annotations}: {len(data.train):,} people, {len(data.train.skeleton.names)} key points, "
-        f"{data.train.skipped}",
-        f"{data.validation.annotations}: {len(data.validation):,} {data.validation.source} boxes, "
+        f"training on {len(data.train):,} {people} of {data.train.annotations}, {len(data.train.skeleton.names)} key "
+        f"points; {data.train.skipped}",
+        f"evaluating on {len(data.validation):,} {people} of {data.validation.annotations}, {data.boxes_in_words()}; "
         f"{data.validation.skipped}",
-        f"{task.config.name} at {task.config.input_size[0]}x{task.config.input_size[1]}, {task.cycles} cycles, "
-        f"{precision} on {accelerator.device}",
+        f"{config.name} at {size} pixels, {cycles} cycle{'s' * (cycles > 1)}, {precision} on {accelerator.device}",
         f"{args.epochs} epochs of {order.steps_per_epoch:,} steps; global batch {order.global_batch} ({shares})",
         f"run folder: {training.folder.path}",
     ]
-    return "\n".join(lines)
+    warnings = recipe_warnings(args, config.name, order.global_batch, order.steps)
+    return "\n".join([*lines, *(f"note: {warning}" for warning in warnings)])
 
 
-def write_card(folder: RunFolder, outcome: Outcome, args: argparse.Namespace, accelerator: Accelerator) -> None:
+def write_card(training: PoseTraining, outcome: Outcome, data: PoseData, args: argparse.Namespace) -> None:
+    task, config = training.task, training.task.config
+    averaged = "averaged with the mirrored image" if task.flip_test else "without the mirrored image"
     text = model_card(
-        args.model,
+        f"{config.name}, {task.cycles} cycles in training" if task.cycles > 1 else config.name,
         library="cyclekd",
         base_model=None,
-        datasets=[str(args.data or "synthetic figures")],
+        datasets=["synthetic figures" if is_first_look(args) else str(data.train.annotations)],
         metrics={name: value for name, value in outcome.metrics.items() if name not in ("epoch", "people")},
-        settings={name: value for name, value in vars(args).items() if value not in (None, False, [], {})},
-        environment=describe_environment(accelerator.device),
+        settings={k: v for k, v in vars(args).items() if v not in (None, False, [], {}) and k != "resume"},
+        environment=describe_environment(training.accelerator.device),
         usage="from cyclekd.integrations.tokenpose import KeypointModel, from_pretrained\n\n"
-        'model = KeypointModel(from_pretrained("model"))\n'
-        "keypoints, scores = model(images)  # one pass; pixels of the crop",
-        notes=[f"Evaluated on {outcome.metrics['people']} people, flip test: {not args.no_flip_test}."],
+        'model = KeypointModel(from_pretrained("model")).eval()\n'
+        f"keypoints, scores = model(images)  # normalised crops [B, 3, {config.input_size[0]}, {config.input_size[1]}]"
+        " to their pixels, in one pass",
+        notes=[
+            f"Evaluated on {outcome.metrics['people']} people of {data.validation.annotations}, "
+            f"{data.boxes_in_words()}, {averaged}.",
+            "`model/` has the last weights, `best/` those of the highest AP of cycle 1.",
+        ],
     )
-    write_text_atomically(folder.card, text)
+    write_text_atomically(training.folder.card, text)
 
 
-def summary(training: Training, outcome: Outcome) -> str:
+def summary(training: PoseTraining, outcome: Outcome, data: PoseData) -> str:
     """How it ended: AP per cycle, time, files."""
     lines = ["", f"{outcome.why} after {outcome.step:,} of {training.order.steps:,} steps, {duration(outcome.seconds)}"]
-    for cycle in range(1, training.task.cycles + 1):
-        found = [f"{name} {outcome.metrics.get(f'{name}_{cycle}', float('nan')):.4f}" for name in SHOWN]
-        lines.append(f"  {'one pass, as deployed' if cycle == 1 else f'{cycle} cycles':32} {'  '.join(found)}")
+    if outcome.metrics:
+        lines.append(f"  {outcome.metrics['people']:,} people, {data.boxes_in_words()}")
+        for cycle in range(1, training.task.cycles + 1):
+            found = [f"{name} {outcome.metrics[f'{name}_{cycle}']:.4f}" for name in SHOWN]
+            lines.append(f"  {'one pass, as deployed' if cycle == 1 else f'{cycle} cycles':32} {'  '.join(found)}")
+        missed = len(data.validation) - outcome.metrics["people"]
+        if missed:
+            lines.append(f"  {missed} people in unreadable validation images count as not found")
     if outcome.best:
         deciding = training.deciding
         lines.append(f"  best {deciding} {outcome.best[deciding]:.4f} in epoch {outcome.best['epoch']}")
