@@ -13,6 +13,9 @@ alpha of 5e-6 for keypoint and visual tokens. FOLDER has annotations/person_keyp
 val/, with or without 2017, or CrowdPose's layout; decoded it has to fit into the device's memory. The metric is PCK@0.1
 on val: percent of the labelled key points that are found within a tenth of the padded ground-truth box.
 
+"Equal compute" is plain training for N times the epochs. Where layers come before the blocks, which cycles do not run
+again, that is more than N cycles cost ("seconds" shows by how much): two of TokenPose-S-V1 cost 1.58 plain passes.
+
 All runs of a seed start from the same weights and see the same batches in the same order; only so are their
 differences worth an interval. A call that runs out of --minutes, or is stopped with Ctrl-C, leaves checkpoints: the
 same call goes on. A later call with more seeds or arms adds rows to the same file and runs nothing twice.
@@ -53,9 +56,10 @@ cycles - plain contains 0 or one seed gives none: a share of what may be nothing
 NOT_SHOWN = """
 An interval that contains 0 means that these runs show no difference in either direction. It does not mean that
 there is none: more seeds make it narrower. Intervals are not corrected for the number of arms, so the best of
-several looks better than it is. Read "one pass - equal compute" first: self-distillation costs as much as
-training plainly for that many passes. Seconds and images/s are of training, with as many runs side by side as the
-file says; they compare only where that number and the device are the same.
+several looks better than it is. Read "one pass - equal compute" first: self-distillation costs about as much as
+training plainly for that many passes, and less where layers come before the blocks: compare the seconds. Seconds
+and images/s are of training, with as many runs side by side as the file says; they compare only where that number and
+the device are the same.
 """
 
 

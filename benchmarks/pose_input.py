@@ -5,10 +5,11 @@
 
 What is compared with is the usual way: for every person OpenCV reads the whole photograph and cuts the view out, and
 NumPy normalises it and draws the heat maps. Ours reads what is round the person, and leaves the rest to the device that
-trains; "+ warp" and "+ targets" do that too on this core, as a training without a GPU would. "exact" cuts views as
-OpenCV does, in NumPy. All see the same persons in the same random views, in batches of PyTorch's loader without
-workers, on one thread. Variants take turns within every round; a ratio is the median over rounds of paired ratios of
-times, with the 95 % bootstrap interval of that median. Files come out of memory: no disk is timed.
+trains; "+ warp" and "+ targets" do that too on this core, as a training without a GPU would. The same work is done by
+"OpenCV" and "+ warp", and by "OpenCV + targets" and "+ warp + targets". "exact" cuts views as OpenCV does, in NumPy.
+All see the same persons in the same random views, in batches of PyTorch's loader without workers, on one thread.
+Variants take turns within every round; a ratio is the median over rounds of paired ratios of times, with the 95 %
+bootstrap interval of that median. Files come out of memory: no disk is timed.
 
 --resize adds the same data with photographs of that longer side: COCO's have 640 px, and smaller copies of them are
 cheaper to read whole. OpenCV is no dependency of this library: pip install opencv-python-headless.

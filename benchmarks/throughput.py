@@ -9,8 +9,7 @@ a ratio is the median over rounds of paired ratios of times, with the 95 % boots
 steps are timed, never single ones. "waits for data" is the share of the time with JPEG files that is not accounted for
 by the same loop without them (and, for ours, by the augmentation on the device).
 
-PHOTOS is a folder of photographs, from which files of ImageNet's size are cut; without it they are
-smooth noise.
+PHOTOS is a folder of photographs, from which files of ImageNet's size are cut; without it they are smooth noise.
 """
 
 from __future__ import annotations
@@ -95,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     if on_gpu and not torch.cuda.is_available():
         parser.error("--device cuda: no CUDA device is there")
     args.batch, args.steps = args.batch or (256 if on_gpu else 8), args.steps or (20 if on_gpu else 2)
-    args.modes = args.modes or (MODES if on_gpu else ("eager",))
+    args.modes = list(dict.fromkeys(args.modes or (MODES if on_gpu else ("eager",))))
     if args.batch < 2 or args.batch % 2:
         parser.error(f"--batch {args.batch}: mixup pairs images, so an even number is needed")
     if args.cycles < 2 or min(args.rounds, args.steps, args.files) < 1 or min(args.data_rounds, args.workers) < 0:

@@ -32,13 +32,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from cyclekd import CycleError
 from cyclekd.integrations.runs.arguments import KeyValues, require_ranges, workers_of
 from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, write_json
 from cyclekd.integrations.runs.processes import main_process_first, on_main_process
-from cyclekd.integrations.runs.start import report
+from cyclekd.integrations.runs.start import precision_of, run_command
 from cyclekd.integrations.tokenpose import (
     People,
     PoseError,
@@ -81,16 +80,12 @@ class Evaluated:
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 0, or 2 for what a user can put right."""
     args = parse_arguments(arguments)
-    accelerator = None
-    try:
+
+    def make() -> Accelerator:
         check_arguments(args)
-        accelerator = Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
-        return evaluate(accelerator, args)
-    except (RunError, CycleError) as error:
-        return report(error, accelerator)
-    finally:
-        if accelerator is not None:
-            accelerator.end_training()
+        return Accelerator(cpu=args.cpu, mixed_precision=args.mixed_precision)
+
+    return run_command(make, lambda accelerator: evaluate(accelerator, args))
 
 
 def evaluate(accelerator: Accelerator, args: argparse.Namespace) -> int:
@@ -267,7 +262,8 @@ def write_files(
         write_results(folder / name, results_of(this.people, found, this.model.config))
     if args.picture:
         title = f"{this.name}: annotated (left) and predicted in one pass (right), {this.people.source} boxes"
-        draw_predictions(folder / "predictions.png", this.model, crops, title)
+        decoding = {"method": args.decoding, "aligned": this.aligned}
+        draw_predictions(folder / "predictions.png", this.model, crops, title, **decoding)
 
 
 def introduction(this: Evaluated, accelerator: Accelerator, args: argparse.Namespace) -> str:
@@ -320,10 +316,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         lines.append([row["boxes"], cycle, str(row["people"]), *values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-
-
-def precision_of(accelerator: Accelerator) -> str:
-    return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
 
 
 def counted(count: int, what: str) -> str:

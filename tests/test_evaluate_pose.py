@@ -29,6 +29,7 @@ from cyclekd.integrations.tokenpose.evaluation.precision import NAMES
 from cyclekd.integrations.tokenpose.evaluation.predicting import predict_cycles
 from cyclekd.integrations.tokenpose.figures.draw import write_figures
 from cyclekd.integrations.tokenpose.skeletons import CROWDPOSE
+from cyclekd.integrations.tokenpose.training import pictures
 from test_pose_predicting import lively
 from test_pose_reference import published
 
@@ -324,6 +325,16 @@ def test_bf16_batches_workers_a_picture_and_a_cache(
     assert read(tmp_path / "out/results.json")["speed"]["precision"] == "bf16"
     assert Image.open(tmp_path / "out/predictions.png").size[0] > 300
     assert list((tmp_path / "cache").glob("*.arrow"))
+
+
+def test_the_picture_is_decoded_as_the_figures_are(
+    start: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, model = [], pictures.KeypointModel
+    monkeypatch.setattr(pictures, "KeypointModel", lambda _, *how: given.append(how) or model(_, *how))
+    options = ["--no-speed", "--picture", "--no-flip-test", "--decoding", "quarter", "--aligned"]
+    assert start(*options, out=tmp_path / "out")[0] == 0
+    assert given == [("quarter", True)]
 
 
 # -- what goes wrong ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from benchmarks import gain
@@ -25,7 +27,8 @@ from cyclekd.integrations.tokenpose.data.views import (
     view_matrices,
 )
 from cyclekd.integrations.tokenpose.figures.draw import write_figures
-from cyclekd.integrations.tokenpose.keypoints.geometry import center_and_scale
+from cyclekd.integrations.tokenpose.keypoints.flips import exchange_sides
+from cyclekd.integrations.tokenpose.keypoints.geometry import center_and_scale, transform_points
 from cyclekd.integrations.tokenpose.skeletons import COCO
 
 SELF = "self-distilled"
@@ -437,6 +440,42 @@ def test_pose_trains_in_every_arm_and_names_model_and_size(command, figures, sha
     assert [int(row["steps"]) for row in rows] == [2, 4, 2]
 
 
+def test_people_are_decoded_once_and_anew_for_other_photographs_sizes_and_numbers(figures, tmp_path):
+    data, work = shutil.copytree(figures, tmp_path / "data"), tmp_path / "cache"
+    path = pose.decoded(data, work, SIZE)
+    made = path.stat().st_mtime_ns
+    assert pose.decoded(data, work, SIZE) == path and path.stat().st_mtime_ns == made
+    few = pose.decoded(data, work, SIZE, images=3)
+    assert [len(split.images) for split in pose.on_device(few, torch.device("cpu"))] == [
+        3,
+        len(pose.load_file(path)["val_images"]),
+    ]
+    photo = sorted((data / "train2017").iterdir())[0]
+    Image.new("RGB", Image.open(photo).size).save(photo)  # another of the same name, size and labels
+    black = pose.decoded(data, work, SIZE)
+    assert len({path, few, black, pose.decoded(data, work, (96, 72))}) == 4
+    assert pose.load_file(black)["train_images"][0].max() == 0 < pose.load_file(path)["train_images"][0].max()
+
+
+def test_what_pose_cannot_use_is_refused_before_training(command, figures, shallow, tmp_path, capsys, monkeypatch):
+    def told(change):
+        data = shutil.copytree(figures, tmp_path / "other", dirs_exist_ok=True)
+        annotations = data / "annotations/person_keypoints_val2017.json"
+        content = json.loads(annotations.read_text())
+        change(content)
+        annotations.write_text(json.dumps(content))
+        assert command("pose", "--data", data, "--input-size", *SIZE, "--seeds", 1, "--epochs", 1) == 2
+        assert not (tmp_path / "results").exists()
+        return capsys.readouterr().err
+
+    def rename(content):
+        content["categories"][0]["keypoints"][0] = "beak"
+
+    assert "both splits need the same key points" in told(rename)
+    monkeypatch.setattr(pose, "LARGEST", 1000)
+    assert "train on fewer with --images" in told(lambda content: None)
+
+
 def test_batches_of_people_follow_from_seed_and_epoch(task_of_figures, data):
     torch.manual_seed(1)  # what the model draws does not matter
     again, other = (task_of_figures.load_data(seed, torch.device("cpu")) for seed in (0, 1))
@@ -478,8 +517,49 @@ def test_views_of_all_people_at_once_are_those_of_one_after_the_other():
         torch.testing.assert_close(getattr(found, name).to(expected), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_crops_and_heat_maps_meet_where_the_key_points_are(figures, people, data):
-    """Of large photographs, cut first, and of small ones, kept whole: the same pixels."""
+def test_heat_maps_stand_where_crops_show_the_key_points(people, task_of_figures, monkeypatch):
+    """A white square at everybody's nose, which mirroring exchanges with nothing, in black images."""
+    train, test = pose.on_device(people, torch.device("cpu"))
+    noses = transform_points(train.matrices, train.keypoints[:, :1, :2])[:, 0].round().int().tolist()
+    images = torch.zeros_like(train.images)
+    for image, (x, y) in zip(images, noses, strict=True):
+        image[:, max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3] = 255
+    monkeypatch.setattr(pose, "on_device", lambda *_: (replace(train, images=images), test))
+    data, seen = task_of_figures.load_data(0, torch.device("cpu")), []
+    for epoch in range(10):
+        for crops, (maps, weights) in data.batches(epoch):
+            crops, maps = crops[:, 0] - crops[:, 0].amin((1, 2), keepdim=True), maps[:, 0]
+            y, x = torch.meshgrid(torch.arange(SIZE[0]), torch.arange(SIZE[1]), indexing="ij")
+            for crop, heat_map, weight in zip(crops, maps, weights[:, 0], strict=True):
+                place = [(crop * axis).sum() / crop.sum() for axis in (x, y)]  # the square's centre
+                if weight > 0 and 8 < place[0] < SIZE[1] - 8 and 8 < place[1] < SIZE[0] - 8:
+                    row, column = divmod(int(heat_map.argmax()), SIZE[1] // 4)
+                    seen.append(max(abs(place[0] - 4 * column), abs(place[1] - 4 * row)))
+    assert len(seen) > 30 and max(seen) < 3.5  # of 4 pixels, half of them are rounding
+
+
+def test_a_mirrored_view_exchanges_left_and_right(task_of_figures, monkeypatch):
+    def batch(mirrored):
+        def upright(center, scale, *_):
+            return View(center, scale, torch.zeros(len(center)), torch.full((len(center),), mirrored))
+
+        monkeypatch.setattr(pose, "random_views", upright)
+        return next(task_of_figures.load_data(0, torch.device("cpu")).batches(0))[1]
+
+    (maps, weights), (mirrored, _) = batch(False), batch(True)
+    exchanged = exchange_sides(mirrored.flatten(2), COCO.flip_pairs).argmax(-1) % (SIZE[1] // 4)
+    columns = maps.flatten(2).argmax(-1) % (SIZE[1] // 4)
+    seen = (weights[..., 0] > 0) & (columns > 1) & (columns < 10)
+    assert seen.sum() > 50 and ((SIZE[1] // 4 - columns - exchanged)[seen].abs() <= 1).all()
+
+
+def test_gaussians_are_of_the_papers_width_relative_to_the_map(task_of_figures):
+    config = task_of_figures.load_data.keywords["config"]
+    maps = pose.target_of(torch.tensor([[[24.0, 32.0]]]), torch.ones(1, 1), config).values[0, 0]  # 2 pixels of 64
+    assert maps[8, 6] == 1 and maps[8, 7].item() == maps[9, 6].item() == pytest.approx(math.exp(-1 / (2 * 0.5**2)))
+
+
+def test_people_cut_out_of_photographs_and_whole_ones_give_the_same_crops(figures, people):
     small = pose.decoded(figures, people.parent, (96, 72))  # 160 pixels are less than twice 96
     cut, whole = pose.on_device(people, torch.device("cpu")), pose.on_device(small, torch.device("cpu"))
     assert cut[0].images.shape[-1] < whole[0].images.shape[-1] == 160

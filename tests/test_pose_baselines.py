@@ -79,16 +79,22 @@ def test_the_baselines_have_exactly_so_many_parameters(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
 
 
+W18 = {"backbone": "hrnet_w18_small", "stage1_width": 32}
+
+
 @pytest.mark.parametrize(
-    ("name", "of_timm"),
+    ("name", "overrides", "of_timm"),
     [
-        ("tokenpose_b", "hrnet_w32"),
-        ("sdpose_b", "hrnet_w32"),
-        ("rle_r50", "resnet50"),
-        ("simplebaseline_r50", "resnet50"),
+        ("tokenpose_b", {}, "hrnet_w32"),
+        ("sdpose_b", {}, "hrnet_w32"),
+        ("sdpose_t", W18, "hrnet_w18_small"),
+        ("rle_r50", {}, "resnet50"),
+        ("simplebaseline_r50", {}, "resnet50"),
     ],
 )
-def test_imagenet_weights_are_asked_of_timm_and_kept(name: str, of_timm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_weights_are_asked_of_timm_and_kept(
+    name: str, overrides: dict[str, Any], of_timm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     create, asked = timm.create_model, []
 
     def pretend(variant: str, pretrained: bool = False, **options: Any) -> nn.Module:
@@ -99,7 +105,7 @@ def test_imagenet_weights_are_asked_of_timm_and_kept(name: str, of_timm: str, mo
         return backbone
 
     monkeypatch.setattr(timm, "create_model", pretend)
-    model = create_model(name, input_size=(64, 96), pretrained_backbone=True)
+    model = create_model(name, input_size=(64, 96), pretrained_backbone=True, **overrides)
     assert asked == [(of_timm, True)]
     assert all((parameter == 0.25).all() for parameter in model.backbone.parameters())
     assert all((parameter != 0.25).any() for parameter in model.head.parameters())

@@ -92,6 +92,16 @@ def test_a_cache_gives_back_what_was_cut(data: Path, tmp_path: Path) -> None:
         assert np.abs(one.image.astype(int) - other.image).mean() < 3  # a JPEG file of a noisy picture
 
 
+def test_a_cache_of_pixels_is_exact_and_another_than_that_of_jpeg_files(data: Path, tmp_path: Path) -> None:
+    contexts = contexts_of(data)
+    cached(contexts, tmp_path / "cache")
+    pixels = cached(contexts, tmp_path / "cache", compress=False)
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 2
+    for row in range(len(contexts)):
+        one, other = contexts.read(row), pixels.read(row)
+        assert np.array_equal(one.image, other.image) and np.array_equal(one.matrix, other.matrix)
+
+
 def test_a_cache_is_made_once_and_decodes_each_photograph_once(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

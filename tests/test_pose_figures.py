@@ -12,6 +12,7 @@ from PIL import Image
 
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.figures import draw as figures
+from cyclekd.integrations.tokenpose.figures.body import CALM, pose
 from cyclekd.integrations.tokenpose.figures.draw import draw_figures, write_figures
 from cyclekd.integrations.tokenpose.figures.parts import LIMB_PARTS, PARTS, make_figure
 from cyclekd.integrations.tokenpose.skeletons import COCO
@@ -225,6 +226,38 @@ def test_limbs_of_both_sides_wear_the_same_colours() -> None:
         colours = {part.name: [colour for _, colour in part.layers] for part in figure.parts}
         for part in LIMB_PARTS:
             assert colours[f"left_{part}"] == colours[f"right_{part}"]
+
+
+# -- calm figures -------------------------------------------------------------------------------------------------
+
+
+def test_calm_figures_face_the_viewer_and_stand_or_walk() -> None:
+    bodies = [pose(np.random.Generator(np.random.PCG64(seed)), CALM) for seed in range(100)]
+    assert min(body.torso[2, 2] for body in bodies) > 0, "the front of one is turned away"
+    for body in bodies:
+        up = body.joints["neck"] - body.joints["pelvis"]
+        for side in ("left", "right"):
+            hip, knee, ankle = (body.joints[f"{side}_{joint}"] for joint in ("hip", "knee", "ankle"))
+            assert -up[1] > 0.5 * np.linalg.norm(up) and min(knee[1], ankle[1]) > hip[1] + 0.05
+        assert body.joints["left_shoulder"][0] > body.joints["right_shoulder"][0]
+
+
+def test_other_figures_are_seen_from_everywhere_and_also_lie_and_sit() -> None:
+    bodies = [pose(np.random.Generator(np.random.PCG64(seed))) for seed in range(100)]
+    assert sum(body.torso[2, 2] < 0 for body in bodies) > 20
+    assert sum(body.joints["left_knee"][1] < body.joints["left_hip"][1] + 0.1 for body in bodies) > 10
+
+
+def test_calm_figures_are_drawn_where_they_are_asked_for_and_their_folder_tells(tmp_path: Path) -> None:
+    write_figures(tmp_path, train=3, val=1, seed=1, calm=True, **SMALL)
+    coco = json.loads((tmp_path / "annotations/person_keypoints_train2017.json").read_text())
+    drawn = [keypoints(annotation) for annotation in coco["annotations"]]
+    seed = figures.derive_seed("figures", 1, "train2017", 1)
+    expected = [keypoints(each) for each in draw_figures(seed, **SMALL, calm=True)[1]]
+    assert np.array_equal(drawn[: len(expected)], expected)
+    assert not np.array_equal(expected, [keypoints(each) for each in draw_figures(seed, **SMALL)[1]])
+    with pytest.raises(PoseError, match=r"calm True \(asked for: False\)"):
+        write_figures(tmp_path, train=3, val=1, seed=1, **SMALL)
 
 
 # -- folders ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import default_collate
 
 from benchmarks import pose_input
 from benchmarks.pose.opencv import OpenCvCrops, heatmaps, map_size
-from benchmarks.pose_input import OPENCV, VARIANTS
+from benchmarks.pose_input import BARE, OPENCV, VARIANTS, Feeds, parse_arguments
 from cyclekd.integrations.runs.loading import load_batches
 from cyclekd.integrations.runs.sampling import Draw, TrainingBatches
 from cyclekd.integrations.tokenpose.data.crops import TrainingCrops, cut_views
@@ -67,7 +68,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         __version__="none",
         COLOR_BGR2RGB=0,
         INTER_LINEAR=0,
-        setNumThreads=lambda count: None,
+        threads=None,
+        setNumThreads=lambda count: setattr(module, "threads", count),
         imread=lambda path: np.asarray(Image.open(path))[..., ::-1],
         cvtColor=lambda image, code: np.ascontiguousarray(image[..., ::-1]),
         warpAffine=lambda image, matrix, size, flags: warp_exact(image, matrix, size[::-1]),
@@ -138,6 +140,7 @@ def test_every_variant_has_a_row_for_every_size(
     sizes = ["--resize", 200, "--input-sizes", "64x48", "32x24"]
     run(monkeypatch, "--data", data, *sizes, "--batch", 3, "--rounds", 2, "--out", out)
     rows = list(csv.DictReader(out.open(newline="")))
+    assert sys.modules["cv2"].threads == 1 == torch.get_num_threads()
     settings = [("as they are", "64x48"), ("as they are", "32x24")]
     settings += [("resized to 200 px, quality 90", "64x48"), ("resized to 200 px, quality 90", "32x24")]
     expected = [(*setting, variant) for setting in settings for variant in VARIANTS]
@@ -150,6 +153,28 @@ def test_every_variant_has_a_row_for_every_size(
             assert row[f"{OPENCV} / it"] == "1.000 [1.000, 1.000]"
     read = {row["variant"]: float(row["KiB read"]) for row in rows[: len(VARIANTS)]}
     assert read["pixel cache"] > read["JPEG cache"] and read["photographs"] == read[OPENCV]
+
+
+def test_every_variant_does_the_work_of_its_name_on_the_same_persons(
+    data: Path, people: People, tmp_path: Path, stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feeds = Feeds(people, SIZE, tmp_path, parse_arguments(["--data", str(data), "--batch", "3", "--rounds", "2"]))
+    done: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        function = getattr(pose_input, name)
+        return lambda *args, **options: (done.append(name), function(*args, **options))[1]
+
+    for name in ("cut_views", "heatmap_target"):
+        monkeypatch.setattr(pose_input, name, noted(name))
+    expected = next(feeds.batches(OPENCV))
+    assert expected["target"].shape == (3, 17, 16, 12) and "target" not in next(feeds.batches(BARE))
+    for variant in VARIANTS:
+        assert torch.equal(next(feeds.batches(variant))["index"], expected["index"])
+        done.clear()
+        feeds.step(variant)()
+        ours = variant not in (OPENCV, BARE)
+        assert done == ["cut_views"] * ("+ warp" in variant) + ["heatmap_target"] * (ours and "+ targets" in variant)
 
 
 def test_without_opencv_the_command_says_how_to_get_it(

@@ -310,6 +310,16 @@ def test_a_backbone_works_channels_last_but_in_training_on_a_cpu(backbone: str) 
         assert model.backbone(pictures(model)).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "features"), [("stem", 32), ("hrnet_w18_small", 16), ("hrnet_w32", 32), ("hrnet_w48", 48)]
+)
+def test_a_backbone_has_so_many_features_at_a_quarter_of_the_input(backbone: str, features: int) -> None:
+    with torch.device("meta"):
+        model = create_model("tokenpose_s_v1", **TINY, backbone=backbone)
+        found = model.backbone(torch.zeros(2, 3, *model.config.input_size))
+    assert found.shape == (2, features, *model.config.feature_size) and model.backbone.num_features == features
+
+
 def test_evaluation_of_a_wrapped_model_is_bit_equal_to_the_plain_pass() -> None:
     model = create_model("sdpose_s_v1_ppt", **TINY, prune_at=(2,)).eval()
     single = create_model("sdpose_s_v1_ppt", **TINY, prune_at=(2,), cycles=1).eval()
@@ -533,6 +543,11 @@ def test_images_of_another_size_are_refused(name: str, shape: tuple[int, ...]) -
         ("ppt_s", {"depth": 9}, "prune_at=(3, 6, 9) names blocks of 0 to 8"),
         ("tokenpose_s_v1", {"pretrained_backbone": True}, "leave it out, or take tokenpose_b"),
         ("tokenpose_b_narrow", {"pretrained_backbone": True}, "backbone='hrnet_w32', stage1_width=32: leave it out"),
+        (
+            "sdpose_t",
+            {"backbone": "hrnet_w18_small", "pretrained_backbone": True},
+            "hrnet_w18_small with 32; this model",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(name: str, overrides: dict[str, object], said: str) -> None:

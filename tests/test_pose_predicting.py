@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,10 +157,27 @@ def test_the_flip_test_is_that_of_predict_flipped(
 def test_regressed_key_points_are_averaged_after_decoding(crops: EvaluationCrops, batch: dict[str, Tensor]) -> None:
     model = lively(head="rle", cycles=1)
     (found,) = predict_cycles(model, crops, cycles=1, batch=PEOPLE)
-    expected = predict_flipped_regression(model, network_input(batch), PAIRS)
+    expected = predict_flipped_regression(model, network_input(batch), PAIRS, image_width=SIZE[1])
     coordinates = to_image(expected.coordinates, batch["center"], batch["scale"], (1, 1))
     torch.testing.assert_close(found.keypoints, coordinates)
     torch.testing.assert_close(found.scores, expected.scores)
+
+
+def test_a_regression_that_is_right_is_right_after_the_flip_test(people: People) -> None:
+    class Centroids(Spots):
+        def forward(self, images: Tensor) -> Tensor:
+            light = (images * STD[:, None, None] + MEAN[:, None, None]) ** 4
+            light = light / light.sum((2, 3), keepdim=True)
+            x, y = ((light.sum(axis) * torch.arange(n)).sum(-1) / n for axis, n in ((2, SIZE[1]), (3, SIZE[0])))
+            return torch.stack((x, y, *[0 * x] * (2 if self.config.head == "rle" else 3)), -1)
+
+    no_sides = replace(people, skeleton=replace(people.skeleton, flip_pairs=()))  # colours have none
+    crops = EvaluationCrops(no_sides, SIZE)
+    for head, off in (("rle", 0.0), ("distilpose", 0.5 * 75 / 48)):  # half a pixel, as in DistilPose's own evaluation
+        model = Centroids(head)
+        (plain,), (both,) = (predict_cycles(model, crops, cycles=1, batch=4, flip_test=flip) for flip in (False, True))
+        moved = both.keypoints - plain.keypoints
+        torch.testing.assert_close(moved, torch.tensor([off, 0.0]).expand_as(moved), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("method", ["dark", "quarter", "argmax"])

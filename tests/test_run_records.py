@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cyclekd.integrations.runs import progress as progress_module
-from cyclekd.integrations.runs.card import model_card
+from cyclekd.integrations.runs.card import model_card, settings_given
 from cyclekd.integrations.runs.curves import POINTS, draw_curves
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.progress import Log, Meter, Progress, measure_and_cycles
@@ -309,6 +310,11 @@ def card(**changes):
         "notes": ["Not a reproduction."],
     }
     return model_card('DeiT: "tiny"', **(values | changes))
+
+
+def test_a_card_has_the_arguments_that_were_given_and_zero_is_one():
+    args = Namespace(alpha=0.0, seed=0, lr=0.1, rho=None, compile=False, report_to=[], model_args={}, resume=True)
+    assert settings_given(args) == {"alpha": 0.0, "seed": 0, "lr": 0.1}
 
 
 def front_matter(text):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,14 @@ def test_seeding_reaches_python_numpy_and_torch() -> None:
     assert draws() == first
     seed_all(derive_seed("other"))
     assert all(a != b for a, b in zip(draws(), first, strict=True))
+
+
+def test_seeding_reaches_the_device_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "get_device_module", lambda: SimpleNamespace(manual_seed=seeds.append))
+    seed_all(5)
+    assert seeds == [5]
 
 
 def test_a_seeded_block_draws_the_same_and_leaves_no_trace() -> None:

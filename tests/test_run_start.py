@@ -6,15 +6,18 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
 from torch._utils import ExceptionWrapper
 
+from cyclekd import CycleError
 from cyclekd.integrations.runs import arguments as arguments_module
 from cyclekd.integrations.runs.arguments import (
     FREE_ON_RESUME,
@@ -25,7 +28,7 @@ from cyclekd.integrations.runs.arguments import (
 )
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.processes import on_main_process
-from cyclekd.integrations.runs.start import open_run, report
+from cyclekd.integrations.runs.start import check_out, open_run, report, run_command
 from cyclekd.integrations.runs.training import Rhythm
 
 
@@ -111,11 +114,27 @@ def test_a_resumed_run_with_other_settings_is_refused_with_what_changed(
     accelerator: Accelerator, tmp_path: Path
 ) -> None:
     start(accelerator, "--out", tmp_path)
-    with pytest.raises(RunError, match=r"other settings: global_batch was 8 and is 16; lr was 0\.1 and is 0\.2$"):
+    with pytest.raises(RunError, match=r"other settings: global_batch was 8 and is 16; lr was 0\.1 and is 0\.2\. Give"):
         start(accelerator, "--out", tmp_path, "--resume", "--lr", 0.2, global_batch=16)
     with pytest.raises(RunError, match="seed was 0 and is 3"):
         start(accelerator, "--out", tmp_path, "--resume", "--seed", 3)
     assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.1
+
+
+def test_what_arguments_tell_is_refused_before_the_work_that_the_rest_takes(
+    accelerator: Accelerator, tmp_path: Path
+) -> None:
+    start(accelerator, "--out", tmp_path / "run")
+    check_out(accelerator, arguments("--out", tmp_path / "run", "--resume", "--workers", 3))
+    check_out(accelerator, arguments("--out", tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    for given, message in (
+        (["--resume"], "--resume: which run"),
+        (["--out", tmp_path / "run"], "continue it with --resume"),
+        (["--out", tmp_path / "run", "--resume", "--lr", 0.2], r"lr was 0\.1 and is 0\.2\. Give"),
+    ):
+        with pytest.raises(RunError, match=message):
+            check_out(accelerator, arguments(*given))
 
 
 @pytest.mark.parametrize("name", sorted(FREE_ON_RESUME - {"out", "resume", "report_to"}))
@@ -166,6 +185,26 @@ def test_a_problem_is_one_line_on_stderr_and_exit_code_2(
     assert report(RunError("no such thing")) == report(RunError("no such thing"), accelerator) == 2
     captured = capsys.readouterr()
     assert captured.err == 2 * "error: no such thing\n" and not captured.out
+
+
+@pytest.mark.parametrize("error", [RunError, CycleError])
+def test_a_command_ends_its_accelerator_and_gives_the_exit_code(
+    error: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Process:
+        is_main_process, ended = True, 0
+
+        def end_training(self) -> None:
+            self.ended += 1
+
+    def refuse(_: Any = None) -> Any:
+        raise error("no such thing")
+
+    process: Any = Process()
+    assert run_command(lambda: process, lambda _: 143) == 143 and process.ended == 1
+    assert run_command(lambda: process, refuse) == 2 and process.ended == 2
+    assert run_command(refuse, lambda _: 0) == 2
+    assert capsys.readouterr().err == 2 * "error: no such thing\n"
 
 
 def test_a_problem_in_a_worker_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,6 +258,7 @@ def test_a_rhythm_that_never_comes_is_refused(option: str, value: int) -> None:
         ("--epochs", 0),
         ("--seed", -1),
         ("--workers", -1),
+        ("--threads", 0),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(option: str, value: int) -> None:
@@ -230,6 +270,25 @@ def test_the_accelerator_is_what_was_asked_for() -> None:
     accelerator = make_accelerator(arguments("--accumulate", 3, "--mixed-precision", "bf16"))
     assert (accelerator.gradient_accumulation_steps, accelerator.mixed_precision) == (3, "bf16")
     assert accelerator.device.type == "cpu"
+
+
+def test_threads_are_those_given_whatever_accelerate_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Starting(Accelerator):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            torch.set_num_threads(3)  # as Accelerate does for several processes without OMP_NUM_THREADS
+
+    monkeypatch.setattr(arguments_module, "Accelerator", Starting)
+    before = torch.get_num_threads()
+    try:
+        make_accelerator(arguments("--threads", 2))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_processes_wait_longer_for_a_cache_than_nccl_would() -> None:
+    assert make_accelerator(arguments()).init_handler.to_kwargs() == {"timeout": timedelta(hours=2)}
 
 
 def test_precision_is_the_arguments_else_that_of_the_launch_else_full_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

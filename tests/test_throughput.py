@@ -144,6 +144,11 @@ def test_bad_arguments_are_refused_before_work(
     assert stopped.value.code == 2 and wrong[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_modes_are_those_asked_for_each_once_and_eager_alone_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert arguments(monkeypatch).modes == ["eager"]
+    assert arguments(monkeypatch, "--modes", "compiled", "eager", "compiled").modes == ["compiled", "eager"]
+
+
 def arguments(monkeypatch: pytest.MonkeyPatch, *more: str):
     small = SMALL if "--model" not in more else SMALL[:4]
     monkeypatch.setattr(sys, "argv", ["throughput.py", *small, *more])

@@ -225,7 +225,7 @@ def test_the_cache_of_people_is_beside_the_annotations_and_used_again(
     cache.parent.chmod(0o755)
     assert module.default_cache(people) == cache.parent
     (tmp_path / "file").write_text("")
-    code, _, errors = start("--resume", data=own, cache=tmp_path / "file")
+    code, _, errors = start("--epochs", "1", "--resume", data=own, cache=tmp_path / "file")
     assert code == 2 and "--cache-dir" in errors[-1] and "--no-cache" in errors[-1]
 
 
@@ -280,13 +280,17 @@ def test_a_detectors_boxes_are_used_and_told_with_their_least_score(start: Comma
 def test_a_model_with_other_key_points_starts_from_an_earlier_one(start: Command, data: Path, tmp_path: Path) -> None:
     assert start("--epochs", "1")[0] == 0
     (tmp_path / "run").rename(tmp_path / "first")
-    earlier = str(tmp_path / "first/model")
+    earlier = str(tmp_path / "first")
     other = changed(data, tmp_path / "other", keep_13_key_points)
     options = ["--init-from", earlier, "--epochs", "1"]
     code, _, errors = start(*options, data=other)
     assert code == 2 and "predicts 17 key points, and the data have 13: add --new-head" in errors[-1]
     code, _, errors = start(*options, "--new-head", "--model", "ppt_s", data=other)
     assert code == 2 and "holds sdpose_s_v1 and not --model ppt_s" in errors[-1]
+    code, _, errors = start(*options, "--model-args", *SIZE, "mlp_ratio=2", data=data)
+    assert code == 2 and re.search(r"--model-args ask for, \d+: blocks.* add --new-head to begin at random", errors[-1])
+    code, printed, _ = start(*options, "--new-head", "--minutes", "1e-9", data=other)
+    assert code == 0 and f"the weights of {earlier}, and at random with 1: keypoint_tokens" in printed
     args = parse_arguments("", arguments(other, tmp_path / "run", *options, "--new-head"))
     args.model = None
     model, before = module.build_model(args, 13), load_file(tmp_path / "first/model/model.safetensors")
@@ -449,6 +453,19 @@ def test_a_run_unlike_the_recipe_says_so() -> None:
     assert [warning for warning in found if "--lr-drop-epochs 260 is not reached in 9 epochs" in warning]
 
 
+def test_the_first_looks_settings_are_of_its_own_model_alone() -> None:
+    look = parse_arguments("", [])
+    assert {name: getattr(look, name) for name in FIRST_LOOK} == FIRST_LOOK
+    deeper = parse_arguments("", ["--model-args", "depth=6", "--cycles", "1"])
+    assert deeper.model_args == {**FIRST_LOOK["model_args"], "depth": 6} and deeper.cycles == 1
+    plain = parse_arguments("", ["--model", "tokenpose_s_v1"])  # not in the first look's cycles
+    assert (plain.model_args, plain.cycles, plain.sigma, plain.epochs) == ({}, None, 2.0, FIRST_LOOK["epochs"])
+    earlier = parse_arguments("", ["--init-from", "run", "--model-args", "depth=6"])
+    assert (earlier.model, earlier.model_args, earlier.cycles) == (None, {"depth": 6}, None)
+    recipe = parse_arguments("", ["--data", "coco"])
+    assert not any(getattr(recipe, name) == value for name, value in FIRST_LOOK.items())
+
+
 def test_the_help_names_every_setting_of_the_first_look(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         parse_arguments("what it is", ["--help"])
@@ -603,6 +620,16 @@ def test_an_output_folder_that_holds_something_is_left_alone_before_any_work(sta
     code, _, errors = start()
     assert code == 2 and "holds thesis.tex" in errors[-1] and not (tmp_path / "cache").exists()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_a_run_that_cannot_go_on_is_refused_before_any_work(start: Command, tmp_path: Path) -> None:
+    assert start("--epochs", "1", "--minutes", "1e-9", "--no-cache")[0] == 0
+    for more, message in (
+        (["--resume", "--epochs", "1"], "model_args was {"),
+        (["--resume", "--epochs", "2"], "epochs was 1 and is 2"),
+    ):
+        code, printed, errors = start(*more, "--model-args", "input_size=128,96")
+        assert code == 2 and message in errors[-1] and printed == "" and not (tmp_path / "cache").exists()
 
 
 def test_truncated_photographs_are_replaced_in_training_and_count_as_not_found_in_evaluation(

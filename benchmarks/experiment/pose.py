@@ -191,17 +191,19 @@ def as_tuples(value: Any) -> Any:
 def decoded(folder: Path, work: Path, input_size: Size, images: int | None = None) -> Path:
     """The file with all people of both splits, made at the first call; `images` leaves the first training people.
 
-    Photographs up to twice the network's input are kept whole, larger ones cut to what a view can reach.
+    Other annotations, photographs (by name, size and date) or arguments get a file of their own. Photographs up to
+    twice the network's input are kept whole, larger ones cut to what a view can reach.
     Errors: PoseError for a folder without such a layout or images that cannot be used; RunError for too many of them.
     """
     folder = folder.resolve()
     files = {split: find_split(folder, split) for split in ("train", "val")}
     source = blake2b(b"".join(annotations.read_bytes() for annotations, _ in files.values()), digest_size=4).hexdigest()
-    known = repr((str(folder), source, input_size, images))
+    known = repr((str(folder), source, input_size, images, states({photos for _, photos in files.values()})))
     path = work / f"pose-{blake2b(known.encode(), digest_size=4).hexdigest()}.safetensors"
     if not path.exists():
         train, test = (read_people(*files[split], for_training=split == "train") for split in files)
         check_splits(train, test)
+        print(f"{len(train)} people to train on, {train.skipped}; {len(test)} to test on, {test.skipped}")
         tensors = {}
         for split, people in (("train", train.subset(range(len(train))[:images])), ("val", test)):
             tensors |= {f"{split}_{name}": value for name, value in decode(people, input_size).items()}
@@ -210,6 +212,12 @@ def decoded(folder: Path, work: Path, input_size: Size, images: int | None = Non
         save_file(tensors, partial_path := path.with_suffix(".partial"), {"pose": json.dumps(facts)})
         partial_path.replace(path)
     return path
+
+
+def states(folders: set[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and date of every file in these folders."""
+    files = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def check_splits(train: People, test: People) -> None:

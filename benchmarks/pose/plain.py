@@ -35,6 +35,7 @@ class PlainPose(nn.Module):
         config = model.config
         self.config = config
         self.keep_rate = config.keep_rate
+        # not hrnet_w18_small, whose stages are of other lengths
         channels = {"stem": 4 * config.stage1_width, "hrnet_w32": 32, "hrnet_w48": 48}[config.backbone]
         if config.backbone == "stem":
             self.backbone = Stem(config.stage1_width)

@@ -54,9 +54,8 @@ class Classification:
         """Every term of the objective by name, see `cyclekd.LossParts.logs`; `loss` carries the gradient."""
         images, target = self.augment(batch), batch["label"]
         if self.mixup is not None:
-            np.random.seed(
-                derive_seed(self.seed, "mixup", step) % 2**32
-            )  # which timm draws from: alike on all processes
+            # timm draws from NumPy's global generator: alike on all processes
+            np.random.seed(derive_seed(self.seed, "mixup", step) % 2**32)
             images, target = self.mixup(images, target)
         images = images.to(memory_format=self.memory_format)
         if self.teacher is not None:

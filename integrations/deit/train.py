@@ -12,7 +12,6 @@ from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from cyclekd import CycleError
 from cyclekd.integrations.deit.arguments import check_ranges, parse_arguments
 from cyclekd.integrations.deit.augment import (
     AugmentSettings,
@@ -39,7 +38,7 @@ from cyclekd.integrations.deit.recipe import (
 from cyclekd.integrations.deit.streams import StreamedImages
 from cyclekd.integrations.deit.task import Classification
 from cyclekd.integrations.runs.arguments import make_accelerator, rhythm_of, workers_of
-from cyclekd.integrations.runs.card import model_card
+from cyclekd.integrations.runs.card import model_card, settings_given
 from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, write_text_atomically
@@ -47,27 +46,20 @@ from cyclekd.integrations.runs.loading import Batch, load_batches, load_stream
 from cyclekd.integrations.runs.processes import main_process_first
 from cyclekd.integrations.runs.progress import duration
 from cyclekd.integrations.runs.sampling import TrainingBatches
-from cyclekd.integrations.runs.start import open_run, report
+from cyclekd.integrations.runs.start import check_out, open_run, precision_of, run_command
 from cyclekd.integrations.runs.training import Order, Outcome, Training
 
 
 def main(description: str, arguments: list[str] | None = None) -> int:
     """Train as the arguments say; the exit code: 0, 2 for bad input, 128 + n after signal n."""
     args = parse_arguments(description, arguments)
-    accelerator = None
-    try:
-        accelerator = make_accelerator(args)
-        return train(accelerator, args)
-    except (RunError, CycleError) as error:
-        return report(error, accelerator)
-    finally:
-        if accelerator is not None:
-            accelerator.end_training()
+    return run_command(lambda: make_accelerator(args), lambda accelerator: train(accelerator, args))
 
 
 def train(accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Set up, train, save; the exit code."""
     check_ranges(args)
+    check_out(accelerator, args)
     settings = augment_settings(args)
     data = read_data(accelerator, args)
     training = set_up(accelerator, args, data, settings)
@@ -214,11 +206,10 @@ def introduction(training: Training, data: ImageData, args: argparse.Namespace) 
     order, accelerator = training.order, training.accelerator
     images = f"{len(data.train):,} images" if isinstance(data.train, ImageTable) else "streamed images"
     shares = f"{args.batch_size} x {accelerator.num_processes} processes x {args.accumulate} accumulated"
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     lines = [
         f"{data.train.name}: {images} of {len(data.classes)} classes",
         f"{data.validation.name}: {len(data.validation):,} images",
-        f"{args.model}, {args.cycles} cycles, {precision} on {accelerator.device}",
+        f"{args.model}, {args.cycles} cycles, {precision_of(accelerator)} on {accelerator.device}",
         f"{args.epochs} epochs of {order.steps_per_epoch:,} steps; global batch {order.global_batch} ({shares})",
         f"run folder: {training.folder.path}",
     ]
@@ -239,7 +230,7 @@ def write_card(
         base_model=f"timm/{args.model}" if args.pretrained else None,
         datasets=[args.data or "digits (scikit-learn)"],
         metrics={name: value for name, value in outcome.metrics.items() if not name.startswith(("epoch", "images"))},
-        settings={name: value for name, value in vars(args).items() if value not in (None, False, [], {})},
+        settings=settings_given(args),
         environment=describe_environment(accelerator.device),
         usage=usage_of(args, classes),
         notes=[

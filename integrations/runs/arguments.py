@@ -7,12 +7,13 @@ import ast
 import math
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 
 from cyclekd.integrations.runs.checkpoints import save_under_plain_names
 from cyclekd.integrations.runs.errors import RunError
@@ -39,12 +40,15 @@ FREE_ON_RESUME = {
 }
 """Settings that a resumed run may change; of those that share out the global batch, only their product may not."""
 
+PATIENCE = timedelta(hours=2)
+"""In which other processes wait for one that makes a cache; NCCL's own would be ten minutes."""
+
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """`--out`, `--resume`, `--seed`, ... under the heading "the run"."""
     text = (
         "Ctrl-C and SIGTERM end a run with a checkpoint, a second one at once. --resume goes on as if nothing had "
-        "happened: with the same number of processes, on CPUs, bit for bit, with any number of workers."
+        "happened: with the same number of processes and threads, on CPUs, bit for bit, with any number of workers."
     )
     add = parser.add_argument_group("the run", text).add_argument
     add(
@@ -74,7 +78,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="also send every record to Accelerate's trackers: tensorboard, wandb, trackio, ...",
     )
     add("--cpu", action="store_true", help="use the CPU where a GPU is there too")
-    add("--threads", type=int, metavar="N", help="of a process on the CPU (default: 1, which accelerate launch sets)")
+    add("--threads", type=int, metavar="N", help="of a process on the CPU (default: OMP_NUM_THREADS, mostly 1)")
     add(
         "--mixed-precision",
         choices=["no", "bf16", "fp16"],
@@ -130,18 +134,21 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
         raise RunError(f"--seed {args.seed}: has to be at least 0")
     if args.workers is not None and args.workers < 0:
         raise RunError(f"--workers {args.workers}: 0 reads in the training process itself, below that is nothing")
-    if args.threads is not None:
-        if args.threads < 1:
-            raise RunError(f"--threads {args.threads}: has to be at least 1")
-        torch.set_num_threads(args.threads)
+    if args.threads is not None and args.threads < 1:
+        raise RunError(f"--threads {args.threads}: has to be at least 1")
     accelerator = Accelerator(
         cpu=args.cpu,
         mixed_precision=_mixed_precision(args),
         gradient_accumulation_steps=args.accumulate,
         log_with=_trackers(args.report_to),
         project_dir=".",  # trackers ask for one now; `start.open_run` sets the run's folder
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)  # Accelerate may have set another number
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise RunError("--mixed-precision fp16: needs a GPU; bf16 and no work on the CPU too")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -5,6 +5,7 @@ Numbers are those of the run; none is taken from elsewhere.
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,6 +52,15 @@ def model_card(
     if notes:
         parts += ["## Notes", "\n".join(f"* {_one_line(note)}" for note in notes)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def settings_given(args: argparse.Namespace) -> dict[str, object]:
+    """Arguments as a card's settings, without those that were left out; 0 is a value."""
+    return {
+        name: value
+        for name, value in vars(args).items()
+        if name != "resume" and value is not None and value is not False and value not in ([], {})
+    }
 
 
 def _front_matter(library: str, base_model: str | None, datasets: Sequence[str]) -> str:

@@ -48,14 +48,9 @@ class RunFolder:
             return cls(_make_free_folder(RUNS / name))
         try:
             Path(path).mkdir(parents=True, exist_ok=True)
-            names = (each.name for each in Path(path).iterdir())
-            content = sorted(name for name in names if not (name.startswith(".") and name.endswith(".tmp")))
+            require_empty(path)
         except OSError as error:
             raise RunError(f"--out {path}: cannot make this folder: {error.strerror}. Choose another --out") from error
-        if "config.json" in content:
-            raise RunError(f"--out {path}: holds a run: continue it with --resume, or choose another --out")
-        if content:
-            raise RunError(f"--out {path}: holds {_some(content)}, which are no run: choose another --out")
         return cls(path)
 
     @classmethod
@@ -84,6 +79,16 @@ class RunFolder:
         shown = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
         folded = [Path(*path.parts[:2]) if path.parts[0] == self.checkpoints.name else path for path in shown]
         return list(dict.fromkeys(folded))
+
+
+def require_empty(path: Path) -> None:
+    """Errors: RunError for a folder that holds something; where there is none, none is made."""
+    names = (each.name for each in Path(path).iterdir()) if Path(path).is_dir() else ()
+    content = sorted(name for name in names if not (name.startswith(".") and name.endswith(".tmp")))
+    if "config.json" in content:
+        raise RunError(f"--out {path}: holds a run: continue it with --resume, or choose another --out")
+    if content:
+        raise RunError(f"--out {path}: holds {_some(content)}, which are no run: choose another --out")
 
 
 def settings_that_differ(

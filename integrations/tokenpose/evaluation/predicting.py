@@ -100,7 +100,10 @@ def decode_with_mirrored(
     if config.head == "heatmap":
         averaged = average_flipped(output, mirrored, pairs, shift=not aligned)
         return decode_output(config, averaged, method, aligned)
-    plain, other = decode_output(config, output), decode_output(config, flip_back_regression(mirrored, pairs))
+    # RLE learned pixel / width, where pixel x is mirrored at width - 1 - x; DistilPose's own evaluation has it at 1
+    width = config.input_size[1] if config.head == "rle" else None
+    flipped = flip_back_regression(mirrored, pairs, image_width=width)
+    plain, other = decode_output(config, output), decode_output(config, flipped)
     return Keypoints((plain.coordinates + other.coordinates) / 2, (plain.scores + other.scores) / 2)
 
 

@@ -45,7 +45,7 @@ class Body:
 
 @dataclass(frozen=True)
 class Variety:
-    """How different the poses are that are drawn, each as shares of all bodies."""
+    """How different bodies are: shares of all of them, then ranges."""
 
     views: tuple[float, float, float, float]
     """From the front, from behind, its left turned to the viewer, its right."""
@@ -54,10 +54,23 @@ class Variety:
     """Standing, walking, sitting, each leg on its own."""
     hanging: float
     """Of arms, the others are raised or held out."""
+    heads: tuple[float, float]
+    """Smallest and largest, in units of `HEAD`."""
+    widths: tuple[float, float]
+    """Of limbs and torso, the least and the most."""
 
 
-ANY = Variety(views=(0.4, 0.27, 0.165, 0.165), lying=0.08, legs=(0.4, 0.3, 0.12, 0.18), hanging=0.5)
-CALM = Variety(views=(1.0, 0.0, 0.0, 0.0), lying=0.0, legs=(0.6, 0.4, 0.0, 0.0), hanging=0.7)
+ANY = Variety(
+    views=(0.4, 0.27, 0.165, 0.165),
+    lying=0.08,
+    legs=(0.4, 0.3, 0.12, 0.18),
+    hanging=0.5,
+    heads=(0.95, 1.3),
+    widths=(0.85, 1.25),
+)
+CALM = Variety(
+    views=(1.0, 0.0, 0.0, 0.0), lying=0.0, legs=(0.6, 0.4, 0.0, 0.0), hanging=0.7, heads=(1.2, 1.5), widths=(1.1, 1.4)
+)
 
 
 def pose(rng: np.random.Generator, variety: Variety = ANY) -> Body:
@@ -67,7 +80,7 @@ def pose(rng: np.random.Generator, variety: Variety = ANY) -> Body:
     pelvis = _roll(tilt) @ _pitch(rng.normal(0, 8)) @ _yaw(view)
     torso = pelvis @ _pitch(rng.normal(6, 12)) @ _roll(rng.normal(0, 7)) @ _yaw(rng.normal(0, 12))
     head = torso @ _pitch(rng.normal(0, 10)) @ _roll(rng.normal(0, 8)) @ _yaw(rng.normal(0, 22))
-    radius = HEAD * rng.uniform(0.95, 1.3)
+    radius = HEAD * rng.uniform(*variety.heads)
     length = {name: rng.normal(1, 0.05) for name in ("shoulder", "hip", "torso", "arm", "leg")}
 
     neck = torso @ (0, -TORSO * length["torso"], 0)
@@ -82,7 +95,7 @@ def pose(rng: np.random.Generator, variety: Variety = ANY) -> Body:
         names = [f"{side}_{name}" for name in ("hip", "knee", "ankle", "toes")]
         joints |= _chain(names, hip, [pelvis @ d for d in _leg_directions(*leg, sign)], np.array(LEG) * length["leg"])
     axes = head @ np.diag(radius * np.array([0.8, 1.05, 0.92]))
-    body = Body(joints, torso, axes, widths=rng.uniform(0.85, 1.25))
+    body = Body(joints, torso, axes, widths=rng.uniform(*variety.widths))
     _add_face(body)
     return body
 

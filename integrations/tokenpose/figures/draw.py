@@ -60,10 +60,10 @@ def draw_figures(
     """A synthetic image, uint8 [height, width, 3], and COCO's annotation of every figure; the same for the same seed.
 
     Another version of NumPy may draw other random numbers from a seed, one of Pillow fill other pixels at an edge.
-    `people` are the fewest and the most figures; `calm` ones stand or walk and face the viewer, arms mostly down, which
-    is learned sooner. Visibility is 2 where the key point can be seen, 1 where something is before it, 0 (with
-    coordinates 0) outside the image. The box encloses the whole figure as far as it is in the image,
-    hidden parts too; the area is of what can be seen. A figure of which nothing can be seen is not annotated. PoseError
+    `people` are the fewest and the most figures; `calm` ones are stout, stand or walk and face the viewer, arms mostly
+    down, which is learned sooner. Visibility is 2 where the key point can be seen, 1 where something is before it, 0
+    (with coordinates 0) outside the image. The box encloses the whole figure as far as it is in the image, hidden parts
+    too; the area is of what can be seen. A figure of which nothing can be seen is not annotated. PoseError
     for a negative seed, sides below 64 pixels, and other than 1 to 8 people.
     """
     _check(seed, size, people)

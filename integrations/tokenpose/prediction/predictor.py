@@ -201,7 +201,8 @@ class PosePredictor:
             return decode_heatmaps(maps, self.method)
         decode = decode_regression if self.config.head == "rle" else decode_token_regression
         if self.flip:
-            return predict_flipped_regression(self._forward, crops, pairs, decode=decode)
+            width = self.config.input_size[1] if self.config.head == "rle" else None  # as an evaluation has it
+            return predict_flipped_regression(self._forward, crops, pairs, decode=decode, image_width=width)
         return decode(self._forward(crops))
 
     def _forward(self, crops: Tensor) -> Tensor:

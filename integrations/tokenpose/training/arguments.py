@@ -21,7 +21,7 @@ FIRST_LOOK: dict[str, Any] = {
         "input_size": (64, 48),
         "backbone": "hrnet_w18_small",
         "stage1_width": 32,
-        "depth": 4,
+        "depth": 3,
         "dim": 96,
         "heads": 4,
     },
@@ -64,10 +64,21 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
     add_evaluation_arguments(parser)
     add_run_arguments(parser)
     known, _ = parser.parse_known_args(arguments)
-    if is_first_look(known):
-        fixed = () if known.init_from is None else ("model", "model_args", "cycles")
-        parser.set_defaults(**{name: value for name, value in FIRST_LOOK.items() if name not in fixed})
-    return parser.parse_args(arguments)
+    defaults = first_look(known) if is_first_look(known) else {}
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(arguments)
+    args.model_args = {**defaults.get("model_args", {}), **args.model_args}  # a field that is given leaves the others
+    return args
+
+
+def first_look(args: argparse.Namespace) -> dict[str, Any]:
+    """`FIRST_LOOK`, without what belongs to its small model where another is asked for."""
+    of_model: tuple[str, ...] = ()
+    if args.init_from is not None:  # mostly of an earlier first look, whose `sigma` fits
+        of_model = ("model", "model_args", "cycles")
+    elif args.model is not None:
+        of_model = ("model", "model_args", "cycles", "sigma")
+    return {name: value for name, value in FIRST_LOOK.items() if name not in of_model}
 
 
 def is_first_look(args: argparse.Namespace) -> bool:
@@ -81,7 +92,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "images in train2017/ and val2017/; in CrowdPose's, crowdpose_trainval.json and ..._test.json beside images/.\n"
         "The annotations say what the key points are: names, flip pairs, sigmas for AP.\n"
         "Without --data figures are drawn into runs/synthetic-figures, and these settings take the place of the\n"
-        "defaults below: " + ", ".join(f"{_option(name)} {_shown(value)}" for name, value in FIRST_LOOK.items()) + "."
+        "defaults below: " + ", ".join(f"{_option(name)} {_shown(value)}" for name, value in FIRST_LOOK.items()) + ".\n"
+        "Another --model comes without this --model-args, --cycles and --sigma; one of --init-from without the first "
+        "two."
     )
     add = parser.add_argument_group("the data", fill(text)).add_argument
     add("--data", type=Path, metavar="FOLDER", help="with annotations and images of both splits")
@@ -134,9 +147,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--init-from",
         type=Path,
         metavar="FOLDER",
-        help="begin with the weights in a folder of save_pretrained, such as model/ of an earlier run",
+        help="of an earlier run, or of save_pretrained, with whose weights to begin",
     )
-    add("--new-head", action="store_true", help="of these weights take over those that fit, for other key points")
+    add(
+        "--new-head",
+        action="store_true",
+        help="of these weights take over those that fit, for other key points or --model-args; the others are listed",
+    )
 
 
 def add_cycle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,7 +268,6 @@ def _shown(value: Any) -> str:
 
 
 RANGES = {
-    "epochs": (1, math.inf),
     "cycles": (1, math.inf),
     "lr": (0, math.inf),
     "alpha": (0, math.inf),

@@ -28,17 +28,21 @@ WHITE, GAP = 255, 6
 
 
 @torch.no_grad()
-def draw_predictions(path: Path, model: nn.Module, crops: EvaluationCrops, title: str) -> None:
+def draw_predictions(
+    path: Path, model: nn.Module, crops: EvaluationCrops, title: str, *, method: str = "dark", aligned: bool = False
+) -> None:
     """A PNG of up to 12 people spread over all, each twice: annotated at the left, and as the model predicts in a pass.
 
-    Every predicted key point is drawn, however sure of it the model is. Detectors' boxes have no annotation. People
-    whose photograph cannot be read are left out. Errors: RunError where it cannot be written.
+    Every predicted key point is drawn, however sure of it the model is; `method` and `aligned` are those of
+    `KeypointModel`. Detectors' boxes have no annotation. People whose photograph cannot be read are left out.
+    Errors: RunError where it cannot be written.
     """
     samples = [crops[row] for row in _chosen(crops.people)]
     batch = default_collate([sample for sample in samples if sample["valid"]] or samples[:1])
     images = cut_views(batch, crops.input_size)
     device = next(model.parameters()).device
-    found = Keypoints(*(each.float().cpu() for each in KeypointModel(model.eval())(normalize(images).to(device))))
+    predict = KeypointModel(model.eval(), method, aligned)
+    found = Keypoints(*(each.float().cpu() for each in predict(normalize(images).to(device))))
     truth = Keypoints(batch["keypoints"], (batch["visible"] > 0).float())
     pairs = [
         _pair(image, truth, found, row, crops.people.skeleton)

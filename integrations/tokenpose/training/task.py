@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from cyclekd.integrations.runs.loading import Batch
 from cyclekd.integrations.runs.processes import on_main_process
 from cyclekd.integrations.tokenpose.data.crops import EvaluationCrops, cut_views
-from cyclekd.integrations.tokenpose.data.people import People
 from cyclekd.integrations.tokenpose.data.warp import normalize
 from cyclekd.integrations.tokenpose.evaluation.precision import Predictions
 from cyclekd.integrations.tokenpose.evaluation.predicting import evaluate_cycles, predict_cycles
@@ -21,7 +20,7 @@ from cyclekd.integrations.tokenpose.models.config import PoseConfig
 class PoseEstimation:
     """Training of a `Supervised` model on key points; AP of every cycle on the people of `validation`.
 
-    Views are cut from the contexts, and targets drawn, on the device. `validation` has the crops of `people`.
+    Views are cut from the contexts, and targets drawn, on the device.
     """
 
     best_metric = "AP_1"
@@ -32,7 +31,6 @@ class PoseEstimation:
         *,
         config: PoseConfig,
         validation: EvaluationCrops,
-        people: People,
         batch: int,
         workers: int,
         cycles: int,
@@ -41,7 +39,7 @@ class PoseEstimation:
         method: str = "dark",
     ) -> None:
         self.accelerator, self.config = accelerator, config
-        self.validation, self.people = validation, people
+        self.validation = validation
         self.batch, self.workers, self.cycles = batch, workers, cycles
         self.sigma, self.flip_test, self.method = sigma, flip_test, method
 
@@ -81,6 +79,7 @@ class PoseEstimation:
 
     def _figures(self, predictions: list[Predictions]) -> dict[str, float]:
         named: dict[str, float] = {}
-        for cycle, evaluation in enumerate(evaluate_cycles(self.people, predictions, self.config), start=1):
+        evaluations = evaluate_cycles(self.validation.people, predictions, self.config)
+        for cycle, evaluation in enumerate(evaluations, start=1):
             named |= {f"{name}_{cycle}": value for name, value in evaluation.figures.items()}
         return named | {"people": len(predictions[0].rows)}

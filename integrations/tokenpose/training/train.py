@@ -14,9 +14,8 @@ from accelerate.utils import set_seed
 from timm.scheduler import MultiStepLRScheduler
 from torch import Tensor, nn
 
-from cyclekd import CycleError
 from cyclekd.integrations.runs.arguments import make_accelerator, rhythm_of, workers_of
-from cyclekd.integrations.runs.card import model_card
+from cyclekd.integrations.runs.card import model_card, settings_given
 from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RUNS, RunFolder, write_text_atomically
@@ -24,7 +23,7 @@ from cyclekd.integrations.runs.loading import load_batches
 from cyclekd.integrations.runs.processes import main_process_first, on_main_process
 from cyclekd.integrations.runs.progress import Log, duration
 from cyclekd.integrations.runs.sampling import TrainingBatches
-from cyclekd.integrations.runs.start import open_run, report
+from cyclekd.integrations.runs.start import check_out, open_run, precision_of, run_command
 from cyclekd.integrations.runs.training import Outcome, Training
 from cyclekd.integrations.tokenpose.data.crops import EvaluationCrops, TrainingCrops
 from cyclekd.integrations.tokenpose.data.people import DETECTOR, People, find_split, read_people
@@ -45,6 +44,7 @@ from cyclekd.integrations.tokenpose.training.objective import Supervised, make_c
 from cyclekd.integrations.tokenpose.training.pictures import draw_predictions
 from cyclekd.integrations.tokenpose.training.task import PoseEstimation
 from cyclekd.integrations.tokenpose.weights.hub import from_pretrained, save_pretrained
+from cyclekd.integrations.tokenpose.weights.layouts import some
 
 MODEL = "sdpose_s_v1"
 SYNTHETIC = RUNS / "synthetic-figures"
@@ -98,21 +98,13 @@ class PoseTraining(Training):
 def main(description: str, arguments: list[str] | None = None) -> int:
     """Train as the arguments say; the exit code: 0, 2 for bad input, 128 + n after signal n."""
     args = parse_arguments(description, arguments)
-    accelerator = None
-    try:
-        accelerator = make_accelerator(args)
-        return train(accelerator, args)
-    except (RunError, CycleError) as error:
-        return report(error, accelerator)
-    finally:
-        if accelerator is not None:
-            accelerator.end_training()
+    return run_command(lambda: make_accelerator(args), lambda accelerator: train(accelerator, args))
 
 
 def train(accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Set up, train, save; the exit code."""
     check_arguments(args)
-    check_folder(accelerator, args)
+    check_out(accelerator, args)
     data = read_data(accelerator, args)
     training = set_up(accelerator, args, data)
     if accelerator.is_main_process:
@@ -125,12 +117,6 @@ def train(accelerator: Accelerator, args: argparse.Namespace) -> int:
     if accelerator.is_main_process:
         print(summary(training, outcome, data), flush=True)
     return outcome.exit_code
-
-
-def check_folder(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """Before work that takes long. Errors: RunError where --out holds something."""
-    if args.out is not None and not args.resume:
-        on_main_process(accelerator, lambda: RunFolder.create(args.out, "") and None)
 
 
 def read_data(accelerator: Accelerator, args: argparse.Namespace) -> PoseData:
@@ -198,7 +184,6 @@ def set_up(accelerator: Accelerator, args: argparse.Namespace, data: PoseData) -
         accelerator,
         config=config,
         validation=EvaluationCrops(data.validation, config.input_size, exact=args.exact_crops),
-        people=data.validation,
         batch=args.batch_size,
         workers=workers,
         cycles=cycles,
@@ -243,7 +228,8 @@ def build_model(args: argparse.Namespace, num_keypoints: int) -> nn.Module:
 
 def load_model(args: argparse.Namespace, settings: dict[str, object]) -> nn.Module:
     """That of --init-from, with these settings. Errors: RunError where it is not the --model, and PoseError."""
-    config = from_pretrained(args.init_from).config
+    before = from_pretrained(saved_model(args.init_from))
+    config = before.config
     if args.model not in (None, config.name):
         raise RunError(f"--init-from {args.init_from}: holds {config.name} and not --model {args.model}; leave one out")
     if config.num_keypoints != settings["num_keypoints"] and not args.new_head:
@@ -252,7 +238,24 @@ def load_model(args: argparse.Namespace, settings: dict[str, object]) -> nn.Modu
             f"{settings['num_keypoints']}: add --new-head to take over all weights but those that depend on it"
         )
     settings |= cycles_of(args, isinstance(config, TokenPoseConfig))
-    return from_pretrained(args.init_from, strict=not args.new_head, **settings)
+    model = from_pretrained(saved_model(args.init_from), strict=False, **settings)
+    if (others := unlike(model, before)) and not args.new_head:
+        raise RunError(
+            f"--init-from {args.init_from}: has other weights than --model-args ask for, {some(others)}: leave these "
+            "arguments out, or add --new-head to begin at random there and to take over all others"
+        )
+    return model
+
+
+def saved_model(folder: Path) -> Path:
+    """Where a training leaves its model, or the folder itself."""
+    return folder / "model" if (folder / "model").is_dir() else folder
+
+
+def unlike(model: nn.Module, other: nn.Module) -> list[str]:
+    """Names of weights that one of the two models has alone, or in another shape."""
+    one, two = ({name: value.shape for name, value in each.state_dict().items()} for each in (model, other))
+    return [name for name in one | two if one.get(name) != two.get(name)]
 
 
 def cycles_of(args: argparse.Namespace, has_blocks: bool) -> dict[str, int]:
@@ -342,9 +345,8 @@ def pictures_of(folder: RunFolder) -> Path:
 def introduction(training: PoseTraining, data: PoseData, args: argparse.Namespace) -> str:
     """What is about to happen, in a few lines."""
     order, accelerator, config = training.order, training.accelerator, training.task.config
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     shares = f"{args.batch_size} x {accelerator.num_processes} processes x {args.accumulate} accumulated"
-    cycles = training.task.cycles
+    cycles, precision = training.task.cycles, precision_of(accelerator)
     people, size = "synthetic figures" if is_first_look(args) else "people", "x".join(map(str, config.input_size))
     lines = [
         f"training on {len(data.train):,} {people} of {data.train.annotations}, {len(data.train.skeleton.names)} key "
@@ -355,6 +357,9 @@ def introduction(training: PoseTraining, data: PoseData, args: argparse.Namespac
         f"{args.epochs} epochs of {order.steps_per_epoch:,} steps; global batch {order.global_batch} ({shares})",
         f"run folder: {training.folder.path}",
     ]
+    if args.new_head:
+        model, before = accelerator.unwrap_model(training.model).model, from_pretrained(saved_model(args.init_from))
+        lines.append(f"begins with the weights of {args.init_from}, and at random with {some(unlike(model, before))}")
     warnings = recipe_warnings(args, config.name, order.global_batch, order.steps)
     return "\n".join([*lines, *(f"note: {warning}" for warning in warnings)])
 
@@ -368,7 +373,7 @@ def write_card(training: PoseTraining, outcome: Outcome, data: PoseData, args: a
         base_model=None,
         datasets=["synthetic figures" if is_first_look(args) else str(data.train.annotations)],
         metrics={name: value for name, value in outcome.metrics.items() if name not in ("epoch", "people")},
-        settings={k: v for k, v in vars(args).items() if v not in (None, False, [], {}) and k != "resume"},
+        settings=settings_given(args),
         environment=describe_environment(training.accelerator.device),
         usage="from cyclekd.integrations.tokenpose import KeypointModel, from_pretrained\n\n"
         'model = KeypointModel(from_pretrained("model")).eval()\n'
