@@ -368,7 +368,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "device: slower, for weights as published",
     )
     add = parser.add_argument_group("how").add_argument
-    add("--no-flip-test", action="store_true", help="do not average with the mirrored image: half the time")
+    add("--no-flip-test", action="store_true", help="do not average with the mirrored image, a second pass")
     add(
         "--decoding",
         choices=["dark", "quarter", "argmax"],

@@ -111,7 +111,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--cache-pixels",
         action="store_true",
-        help="keep them as pixels, not as JPEG files: three times as fast to read, five to seven times the space",
+        help="keep them as pixels, not as JPEG files: three to four times as fast to read, in five to "
+        "seven times the space",
     )
     add("--no-cache", action="store_true", help="cut people out of the photographs again in every epoch")
     add(
@@ -249,7 +250,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the ground truth's)",
     )
     add("--box-score", type=float, metavar="X", help="least score of --boxes that count (default: 0, as in the paper)")
-    add("--no-flip-test", action="store_true", help="do not average with the mirrored image: half the time")
+    add("--no-flip-test", action="store_true", help="do not average with the mirrored image, a second pass")
 
 
 def fill(text: str) -> str:
