@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,14 @@ def test_contexts_of_one_size_collate(people: People) -> None:
     crops = TrainingCrops(people, SIZE, ViewSettings())
     side = round(reach_of(ViewSettings(), SIZE) * 64)
     assert default_collate([crops[draw] for draw in DRAWS])["image"].shape == (12, side, side, 3)
+
+
+def test_what_no_view_can_show_is_not_kept() -> None:
+    usual = ViewSettings()
+    assert reach_of(usual, SIZE) == pytest.approx(1.35 * 1.25 + 2 * 0.16)  # 3:4 has a diagonal of 1.25 heights
+    assert reach_of(replace(usual, shift_probability=0.0), SIZE) == pytest.approx(1.35 * 1.25)
+    for unturned in (replace(usual, rotation_probability=0.0), replace(usual, rotation=0.0)):
+        assert reach_of(unturned, SIZE) == pytest.approx(1.35 + 2 * 0.16)
 
 
 def test_a_draw_gives_the_same_sample_whenever_it_is_read(people: People) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.losses.supervised import CoordinateLoss, HeatmapLoss, RLELoss
-from cyclekd.integrations.tokenpose.losses.targets import Target, coordinate_target, heatmap_target
+from cyclekd.integrations.tokenpose.losses.targets import Target, coordinate_target, heatmap_target, usual_sigma
 from golden import golden
 
 SIZES = {"input_size": (256, 192), "heatmap_size": (64, 48)}
@@ -96,6 +96,15 @@ def test_other_sigmas_and_strides_are_kept_apart_by_axis() -> None:
     maps, _ = heatmap_target(keypoints, torch.ones(1, 1), input_size=(40, 48), heatmap_size=(20, 12), sigma=3.0)
     assert maps[0, 0].argmax().item() == 10 * 12 + 6
     assert maps[0, 0, 10, 9].item() == pytest.approx(exp(-9 / 18))
+
+
+@pytest.mark.parametrize("height, sigma", [(96, 3.0), (64, 2.0), (32, 1.0), (16, 1.0)])
+def test_a_gaussian_is_as_wide_relative_to_the_map_as_the_published_ones(height: int, sigma: float) -> None:
+    size = height, height * 3 // 4
+    points, sizes = torch.full((1, 1, 2), 20.0), {"input_size": (4 * height, 3 * height), "heatmap_size": size}
+    values = heatmap_target(points, torch.ones(1, 1), **sizes).values
+    assert usual_sigma(size) == sigma
+    assert torch.equal(values, heatmap_target(points, torch.ones(1, 1), sigma=sigma, **sizes).values)
 
 
 def test_coordinate_targets_count_inside_the_outermost_pixels_centres_only() -> None:

@@ -32,6 +32,7 @@ from cyclekd.integrations.tokenpose.data.views import ViewSettings
 from cyclekd.integrations.tokenpose.data.warp import warp_exact
 from cyclekd.integrations.tokenpose.evaluation.predicting import evaluate_cycles, predict_cycles
 from cyclekd.integrations.tokenpose.figures.draw import write_figures
+from cyclekd.integrations.tokenpose.losses.targets import usual_sigma
 from cyclekd.integrations.tokenpose.models.create import create_model
 from cyclekd.integrations.tokenpose.training import pictures
 from cyclekd.integrations.tokenpose.training import train as module
@@ -416,7 +417,8 @@ def test_every_parameter_of_rles_density_gets_a_gradient_in_one_forward() -> Non
 def test_the_defaults_are_the_papers() -> None:
     args = parse_arguments("", ["--data", "coco"])
     assert (args.lr, args.epochs, args.lr_drop_epochs, args.warmup_steps) == (1e-3, 300, [200, 260], 500)
-    assert (args.batch_size, args.sigma, args.clip_grad, args.rho) == (64, 2.0, None, None)
+    assert (args.batch_size, args.clip_grad, args.rho) == (64, None, None)
+    assert args.sigma is None and usual_sigma(create_model("sdpose_s_v1").config.feature_size) == 2.0
     model = create_model("sdpose_s_v1")
     criterion = make_criterion(model, alpha=args.alpha, rho=args.rho)
     assert criterion.alpha == 5e-6 and [factor for _, factor in criterion.groups.values()] == [1.0, 1.0]
@@ -459,7 +461,7 @@ def test_the_first_looks_settings_are_of_its_own_model_alone() -> None:
     deeper = parse_arguments("", ["--model-args", "depth=6", "--cycles", "1"])
     assert deeper.model_args == {**FIRST_LOOK["model_args"], "depth": 6} and deeper.cycles == 1
     plain = parse_arguments("", ["--model", "tokenpose_s_v1"])  # not in the first look's cycles
-    assert (plain.model_args, plain.cycles, plain.sigma, plain.epochs) == ({}, None, 2.0, FIRST_LOOK["epochs"])
+    assert (plain.model_args, plain.cycles, plain.epochs) == ({}, None, FIRST_LOOK["epochs"])
     earlier = parse_arguments("", ["--init-from", "run", "--model-args", "depth=6"])
     assert (earlier.model, earlier.model_args, earlier.cycles) == (None, {"depth": 6}, None)
     recipe = parse_arguments("", ["--data", "coco"])

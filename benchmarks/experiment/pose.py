@@ -81,11 +81,7 @@ def build_model(seed: int, config: TokenPoseConfig) -> nn.Module:
 
 
 def load_data(seed: int, device: torch.device, cache: Path, config: TokenPoseConfig) -> Data:
-    """Views, heat maps and PCK on the device. The last people of an epoch's order who fill no batch are left out.
-
-    The Gaussians are 1/32 of the map's height, 2 pixels of 64 as in the paper, so that a small map's loss is no larger
-    and the weight of the token term means the same.
-    """
+    """Views, heat maps and PCK on the device. The last people of an epoch's order who fill no batch are left out."""
     train, test = on_device(cache, device)
     skeleton = skeleton_of(cache)
     halves = half_bodies(train.keypoints, skeleton, VIEWS, config.input_size[1] / config.input_size[0])
@@ -116,7 +112,7 @@ def load_data(seed: int, device: torch.device, cache: Path, config: TokenPoseCon
 
 def target_of(keypoints: Tensor, visible: Tensor, config: TokenPoseConfig) -> Target:
     sizes = {"input_size": config.input_size, "heatmap_size": config.feature_size}
-    return heatmap_target(keypoints, visible, **sizes, sigma=config.feature_size[0] / 32)
+    return heatmap_target(keypoints, visible, **sizes)
 
 
 def pck_of(test: Split, config: TokenPoseConfig, outputs_of: Callable[[Tensor], Any]) -> float:

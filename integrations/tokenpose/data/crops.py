@@ -195,5 +195,6 @@ def reach_of(settings: ViewSettings, input_size: Size) -> float:
     One half of a body is mostly smaller; where it reaches further, what lies beyond is black.
     """
     height, width = max(input_size), min(input_size)
-    diagonal = math.hypot(height, width) / height if settings.rotation > 0 else 1.0
-    return (1 + settings.scale) * diagonal + 2 * settings.shift
+    turned, shifted = settings.rotation * settings.rotation_probability > 0, settings.shift_probability > 0
+    diagonal = math.hypot(height, width) / height if turned else 1.0
+    return (1 + settings.scale) * diagonal + (2 * settings.shift if shifted else 0.0)

@@ -30,20 +30,21 @@ def heatmap_target(
     *,
     input_size: Size,
     heatmap_size: Size,
-    sigma: float = 2.0,
+    sigma: float | None = None,
     unbiased: bool = True,
 ) -> Target:
     """One Gaussian of `sigma` heat-map pixels per key point: values [B, K, h, w], weights [B, K, 1] of 0 or 1.
 
-    `keypoints` [B, K, 2] in input pixels, `visible` [B, K], above 0 where labelled. Unbiased keeps the sub-pixel centre
-    and fills the whole map (DARK, arXiv:1910.06278, section 3.2), so that its peak is 1 only on a pixel; biased rounds
-    the centre and stops at 3 sigma. Weight and map are 0 where the key point is not labelled or where nothing of those
-    3 sigma lies in the map, as with a NaN coordinate. PoseError for other shapes, an input size that is no multiple of
-    the map's, or a sigma not above 0.
+    `keypoints` [B, K, 2] in input pixels, `visible` [B, K], above 0 where labelled; `sigma` is else `usual_sigma`.
+    Unbiased keeps the sub-pixel centre and fills the whole map (DARK, arXiv:1910.06278, section 3.2), so that its peak
+    is 1 only on a pixel; biased rounds the centre and stops at 3 sigma. Weight and map are 0 where the key point is not
+    labelled or where nothing of those 3 sigma lies in the map, as with a NaN coordinate. PoseError for other shapes, an
+    input size that is no multiple of the map's, or a sigma not above 0.
     """
     check_shape("heatmap_target: keypoints", keypoints, "B", "K", 2)
     check_shape("heatmap_target: visible", visible, *keypoints.shape[:2])
     _check_sizes(input_size, heatmap_size)
+    sigma = usual_sigma(heatmap_size) if sigma is None else sigma
     _check_sigma(sigma)
     (height, width), points = heatmap_size, full_precision(keypoints)
     x = points[..., 0] * (width / input_size[1])
@@ -57,6 +58,14 @@ def heatmap_target(
     columns, rows = _gaussian(x, width, sigma, window), _gaussian(y, height, sigma, window)
     # [B, K, h, 1] * [B, K, 1, w]
     return Target((weights[..., None] * rows)[..., None] * columns[..., None, :], weights[..., None])
+
+
+def usual_sigma(heatmap_size: Size) -> float:
+    """2 pixels of a map of 64x48 and 3 of one of 96x72, as published; for other maps in proportion, at least 1 pixel.
+
+    A smaller Gaussian falls between the pixels of a map.
+    """
+    return max(1.0, heatmap_size[0] / 32)
 
 
 def coordinate_target(keypoints: Tensor, visible: Tensor, *, input_size: Size) -> Target:

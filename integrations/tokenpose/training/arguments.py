@@ -33,7 +33,6 @@ FIRST_LOOK: dict[str, Any] = {
     "batch_size": 32,
     "log_every": 20,
     "threads": 2,
-    "sigma": 1.0,
     "shift": 0.0,
     "half_body": 0.0,
     "scale": 0.1,
@@ -73,12 +72,9 @@ def parse_arguments(description: str, arguments: list[str] | None = None) -> arg
 
 def first_look(args: argparse.Namespace) -> dict[str, Any]:
     """`FIRST_LOOK`, without what belongs to its small model where another is asked for."""
-    of_model: tuple[str, ...] = ()
-    if args.init_from is not None:  # mostly of an earlier first look, whose `sigma` fits
-        of_model = ("model", "model_args", "cycles")
-    elif args.model is not None:
-        of_model = ("model", "model_args", "cycles", "sigma")
-    return {name: value for name, value in FIRST_LOOK.items() if name not in of_model}
+    another = args.model is not None or args.init_from is not None
+    of_model = ("model", "model_args", "cycles")
+    return {name: value for name, value in FIRST_LOOK.items() if not (another and name in of_model)}
 
 
 def is_first_look(args: argparse.Namespace) -> bool:
@@ -93,8 +89,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "The annotations say what the key points are: names, flip pairs, sigmas for AP.\n"
         "Without --data figures are drawn into runs/synthetic-figures, and these settings take the place of the\n"
         "defaults below: " + ", ".join(f"{_option(name)} {_shown(value)}" for name, value in FIRST_LOOK.items()) + ".\n"
-        "Another --model comes without this --model-args, --cycles and --sigma; one of --init-from without the first "
-        "two."
+        "Another --model, or one of --init-from, comes without this --model-args and --cycles."
     )
     add = parser.add_argument_group("the data", fill(text)).add_argument
     add("--data", type=Path, metavar="FOLDER", help="with annotations and images of both splits")
@@ -208,9 +203,9 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--sigma",
         type=float,
-        default=2.0,
         metavar="PIXELS",
-        help="of the Gaussians in the heat maps, in pixels of these; 1 suits maps of 16x12 (default: 2)",
+        help="of the Gaussians in the heat maps, in pixels of these (default: 2 for maps of 64x48, as in the paper, "
+        "for others in proportion, at least 1)",
     )
     add("--clip-grad", type=float, metavar="X", help="largest norm of the gradient (default: none, as in the paper)")
 

@@ -34,7 +34,7 @@ class PoseEstimation:
         batch: int,
         workers: int,
         cycles: int,
-        sigma: float = 2.0,
+        sigma: float | None = None,
         flip_test: bool = True,
         method: str = "dark",
     ) -> None:
