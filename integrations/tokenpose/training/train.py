@@ -174,7 +174,7 @@ def set_up(accelerator: Accelerator, args: argparse.Namespace, data: PoseData) -
     views = view_settings(args, data.train.skeleton)
     crops = training_crops(accelerator, args, data.train, config.input_size, views, workers)
     supervised = Supervised(model, criterion).to(accelerator.device)
-    fused = accelerator.device.type == "cuda"
+    fused = accelerator.device.type in {"cpu", "cuda"}
     optimizer = torch.optim.Adam(supervised.parameters(), lr=args.lr, fused=fused)
     schedule = build_schedule(optimizer, args, order.steps_per_epoch)
     if args.compile:
