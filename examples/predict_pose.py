@@ -32,6 +32,7 @@ from cyclekd.integrations.tokenpose.prediction.drawing import draw_poses
 from cyclekd.integrations.tokenpose.prediction.predictor import PosePredictor
 from cyclekd.integrations.tokenpose.prediction.results import ResultFile, coco_results
 from cyclekd.integrations.tokenpose.prediction.video import Video, write_video
+from cyclekd.integrations.tokenpose.weights.hub import saved_model
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
@@ -69,8 +70,7 @@ def find_source(args):
 
 
 def make_predictor(args):
-    run = Path(args.model) / "model"  # where a training leaves it
-    model = from_pretrained(run if run.is_dir() else args.model)
+    model = from_pretrained(saved_model(args.model))
     options = {"device": args.device, "batch_size": args.batch, "precision": args.precision}
     return PosePredictor(model, skeleton=find_skeleton(args.skeleton), flip=args.flip, **options)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cyclekd import CycleOutput
-from cyclekd.integrations.deit.arguments import FIRST_LOOK, check_ranges
+from cyclekd.integrations.deit.arguments import FIRST_LOOK, check_arguments
 from cyclekd.integrations.deit.recipe import (
     RECIPE_BATCH,
     add_cycles,
@@ -294,7 +294,53 @@ def test_two_cycles_are_the_default_and_one_is_the_untouched_model() -> None:
 
 def test_less_than_one_cycle_is_refused() -> None:
     with pytest.raises(RunError, match="--cycles 0: has to be at least 1"):
-        check_ranges(parse("--cycles", "0"))
+        check_arguments(parse("--cycles", "0"))
+
+
+NOTHING_TOGETHER = {
+    "rho of one cycle": (["--cycles", "1", "--rho", "0.5"], "--rho: for the tokens of one cycle"),
+    "alpha of one cycle": (["--cycles", "1", "--alpha", "5e-6"], "--alpha: for the tokens of one cycle"),
+    "factors of one cycle": (
+        ["--cycles", "1", "--class-weight", "2", "--patch-weight", "0"],
+        "--class-weight, --patch-weight: for the tokens of one cycle .* --cycles is 1; leave that out",
+    ),
+    "two weights": (["--alpha", "5e-6", "--rho", "0.5"], "--alpha, --rho: both weigh the tokens"),
+    "file of no teacher": (["--teacher-from", "x"], "--teacher-from: for an external teacher; name it with --teacher"),
+    "no teacher": (
+        ["--teacher-args", "depth=2", "--distillation", "soft", "--distillation-alpha", "0.3"],
+        "--teacher-args, --distillation, --distillation-alpha: for an external teacher",
+    ),
+    "temperature of no teacher": (["--distillation-temperature", "2"], "--distillation-temperature: for an external"),
+    "hard temperature": (
+        ["--teacher", "t", "--distillation-temperature", "2"],
+        "--distillation-temperature: softens a distribution.* add --distillation soft",
+    ),
+    "counted images": (["--images-per-epoch", "10"], "--images-per-epoch: goes with --streaming"),
+    "cutmix alone": (["--mixup", "0", "--mixup-switch", "0.3"], "--mixup-switch: chooses between"),
+    "head of nothing": (["--new-head"], "--new-head: goes with --init-from"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), NOTHING_TOGETHER.values(), ids=NOTHING_TOGETHER)
+def test_arguments_that_say_nothing_together_are_refused(given: list[str], message: str) -> None:
+    with pytest.raises(RunError, match=f"^{message}"):
+        check_arguments(parse("--data", "x", *given))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["--cycles", "1"],
+        ["--alpha", "5e-6", "--class-weight", "2"],
+        ["--teacher", "t", "--teacher-from", "x", "--distillation", "soft", "--distillation-temperature", "2"],
+        ["--streaming", "--images-per-epoch", "10"],
+        ["--mixup-switch", "0.3"],
+    ],
+)
+def test_arguments_that_say_something_together_are_taken(given: list[str]) -> None:
+    check_arguments(parse("--data", "x", *given))
+    check_arguments(parse())
 
 
 def test_class_and_patch_tokens_are_groups_once_they_are_weighed() -> None:

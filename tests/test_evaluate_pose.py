@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,11 +23,15 @@ from pycocotools.cocoeval import COCOeval
 from cyclekd.integrations.tokenpose import from_pretrained, save_pretrained
 from cyclekd.integrations.tokenpose.data.crops import EvaluationCrops
 from cyclekd.integrations.tokenpose.data.people import read_people
+from cyclekd.integrations.tokenpose.evaluation import evaluate, pictures, speed
+from cyclekd.integrations.tokenpose.evaluation.arguments import parse_arguments
+from cyclekd.integrations.tokenpose.evaluation.evaluate import main
 from cyclekd.integrations.tokenpose.evaluation.precision import NAMES
 from cyclekd.integrations.tokenpose.evaluation.predicting import predict_cycles
+from cyclekd.integrations.tokenpose.evaluation.report import table
+from cyclekd.integrations.tokenpose.evaluation.subject import load_model
 from cyclekd.integrations.tokenpose.figures.draw import write_figures
 from cyclekd.integrations.tokenpose.skeletons import CROWDPOSE
-from cyclekd.integrations.tokenpose.training import pictures
 from test_pose_predicting import lively
 from test_pose_reference import published
 
@@ -38,16 +40,6 @@ SCRIPT = Path(__file__).parents[1] / "examples/evaluate_pose.py"
 PEOPLE = 9
 SIGMAS = [0.5 + 0.1 * k for k in range(17)]
 """Far more lenient than COCO's, so that a model with random weights has an AP."""
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("evaluate_pose", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their own up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +57,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def start(script: ModuleType, data: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def start(data: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """Runs the command on the figures unless told otherwise: exit code, lines of stdout, lines of stderr."""
 
     def command(*more: Any, out: Path | None = None, **others: Any) -> tuple[int, list[str], list[str]]:
         forget()
         options = {"model": saved, "data": data, "workers": 0, "out": out, **others}
         given = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
-        code = script.main([*given, "--cpu", *map(str, more)])
+        code = main("what it is", [*given, "--cpu", *map(str, more)])
         printed = capsys.readouterr()
         return code, printed.out.splitlines(), printed.err.splitlines()
 
@@ -139,9 +131,9 @@ def test_figures_are_pycocotools_of_the_result_file_of_each_cycle(start: Command
     assert all(each in printed[3] for each in ("AP50", "AP75", "AR", "PCK@0.1"))
 
 
-def test_figures_without_anybody_are_a_dash(script: ModuleType) -> None:
+def test_figures_without_anybody_are_a_dash() -> None:
     rows = [{"boxes": "ground truth", "cycle": 1, "people": 3, "AP": 0.5, "APM": -1.0, "PCK@0.1": float("nan")}]
-    assert script.table(rows)[1].split() == ["ground", "truth", "1", "(deployed)", "3", "0.5000", "-", "-"]
+    assert table(rows)[1].split() == ["ground", "truth", "1", "(deployed)", "3", "0.5000", "-", "-"]
 
 
 def test_crowdpose_is_evaluated_by_how_crowded_images_are(start: Command, data: Path, tmp_path: Path) -> None:
@@ -183,7 +175,7 @@ def test_speed_is_of_one_pass_and_of_everything_on_a_named_device(start: Command
     assert len(lines) == 3 and all("fp32 on cpu with 1 thread" in line for line in lines)
 
 
-def test_the_network_is_timed_by_the_median_of_single_passes(script: ModuleType) -> None:
+def test_the_network_is_timed_by_the_median_of_single_passes() -> None:
     class Slow(torch.nn.Module):
         config, calls = lively().config, 0
 
@@ -198,7 +190,7 @@ def test_the_network_is_timed_by_the_median_of_single_passes(script: ModuleType)
             return torch.autocast("cpu", torch.bfloat16)
 
     model = Slow()
-    assert len(script.seconds_per_pass(model, 2, Process())) == script.MOST == model.calls - script.WARM_UP
+    assert len(speed.seconds_per_pass(model, 2, Process())) == speed.MOST == model.calls - speed.WARM_UP
 
 
 # -- whose boxes --------------------------------------------------------------------------------------------------
@@ -274,11 +266,11 @@ def test_published_weights_are_evaluated_as_they_were_trained(start: Command, da
         assert not predicted(out, source, data, aligned=not aligned, exact=True)
 
 
-def test_the_preset_of_published_weights_is_seen_in_them(script: ModuleType, tmp_path: Path) -> None:
+def test_the_preset_of_published_weights_is_seen_in_them(tmp_path: Path) -> None:
     _, weights = published("official TokenPose-S", depth=12, dim=192, heads=8)
     torch.save(weights, tmp_path / "weights.pth")
-    args = script.parse_arguments(["--checkpoint", str(tmp_path / "weights.pth")])
-    model, name, aligned = script.load_model(args, num_keypoints=17)
+    args = parse_arguments("", ["--checkpoint", str(tmp_path / "weights.pth")])
+    model, name, aligned = load_model(args, num_keypoints=17)
     assert name.startswith("tokenpose_s_v1 of ") and aligned
     assert (model.config.input_size, model.config.attention_scale) == ((64, 48), "dim")
 
@@ -314,10 +306,10 @@ def test_more_cycles_than_in_training_fewer_and_other_fields_of_the_config(start
 
 
 def test_bf16_batches_workers_a_picture_and_a_cache(
-    start: Command, script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(script, "predict_cycles", lambda *a, **kw: given.update(kw) or predict_cycles(*a, **kw))
+    monkeypatch.setattr(evaluate, "predict_cycles", lambda *a, **kw: given.update(kw) or predict_cycles(*a, **kw))
     options = ["--mixed-precision", "bf16", "--picture", "--no-speed", "--cache-dir", tmp_path / "cache"]
     code, printed, _ = start(*options, out=tmp_path / "out", workers=1, batch_size=4)
     assert (given["batch"], given["workers"]) == (4, 1)
@@ -397,3 +389,16 @@ def test_earlier_results_stay(start: Command, tmp_path: Path) -> None:
     code, _, errors = start(out=tmp_path / "out")
     assert code == 2 and "holds predictions.json" in errors[-1] and "choose another --out" in errors[-1]
     assert (tmp_path / "out/predictions.json").read_text() == "mine"
+
+
+# -- the example --------------------------------------------------------------------------------------------------
+
+
+def test_the_example_is_the_command_and_its_help_begins_with_how_to_run_it(capsys: pytest.CaptureFixture[str]) -> None:
+    found = importlib.util.spec_from_file_location("evaluate_pose", SCRIPT)
+    example = importlib.util.module_from_spec(found)
+    found.loader.exec_module(example)
+    assert example.main is main
+    with pytest.raises(SystemExit, match="0"):
+        example.main(example.__doc__, ["--help"])
+    assert "    python examples/evaluate_pose.py --model runs/mine --data coco\n" in capsys.readouterr().out

@@ -14,21 +14,18 @@ from PIL import Image
 from scipy import stats
 
 from benchmarks import gain
-from benchmarks.experiment import cifar, pose, runs, views, workers
+from benchmarks.experiment import cifar, pose, runs, workers
 from benchmarks.experiment.statistics import paired_difference, retention, t_interval
 from benchmarks.records import read_rows
 from cyclekd import wrap_multicycle
 from cyclekd.integrations.tokenpose.data.views import (
     View,
-    ViewSettings,
-    sample_view,
-    stack_views,
     view_keypoints,
     view_matrices,
 )
 from cyclekd.integrations.tokenpose.figures.draw import write_figures
 from cyclekd.integrations.tokenpose.keypoints.flips import exchange_sides
-from cyclekd.integrations.tokenpose.keypoints.geometry import center_and_scale, transform_points
+from cyclekd.integrations.tokenpose.keypoints.geometry import transform_points
 from cyclekd.integrations.tokenpose.skeletons import COCO
 
 SELF = "self-distilled"
@@ -495,26 +492,6 @@ def test_few_people_at_a_time_see_the_views_of_many(data, task_of_figures, monke
     assert len(many) == len(few) > 1 and all(len(images) == 4 for images, _ in few)
     for (images, target), (found_images, found_target) in zip(many, few, strict=True):
         assert torch.equal(images, found_images) and torch.equal(target.values, found_target.values)
-
-
-def test_views_of_all_people_at_once_are_those_of_one_after_the_other():
-    draw, settings = torch.Generator().manual_seed(0), ViewSettings(half_body=0.8, half_body_keypoints=6)
-    keypoints = torch.rand(200, 17, 3, generator=draw) * 90
-    keypoints[..., 2] = torch.rand(200, 17, generator=draw) < torch.rand(200, 1, generator=draw)  # from none to all
-    keypoints[:10, :, :2] = 5.0  # all at one spot
-    center, scale = center_and_scale(torch.rand(200, 4, generator=draw) * 50 + 20, SIZE)
-    uniform, normal, single = [], [], []
-    for row in range(200):
-        generator = torch.Generator().manual_seed(row)
-        single.append(sample_view(center[row], scale[row], keypoints[row], COCO, settings, generator))
-        generator.manual_seed(row)
-        uniform.append(torch.rand(6, generator=generator, dtype=torch.float64))
-        normal.append(torch.randn(3, generator=generator, dtype=torch.float64))
-    halves = views.half_bodies(keypoints, COCO, settings, SIZE[1] / SIZE[0])
-    assert 20 < halves.there.sum() < 380  # both cases are seen
-    found = views.random_views(center, scale, halves, settings, torch.stack(uniform), torch.stack(normal))
-    for name, expected in stack_views(single)._asdict().items():
-        torch.testing.assert_close(getattr(found, name).to(expected), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_heat_maps_stand_where_crops_show_the_key_points(people, task_of_figures, monkeypatch):

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from cyclekd.integrations.tokenpose.data.views import (
+    Numbers,
     View,
     ViewSettings,
-    plain_view,
-    sample_view,
-    stack_views,
+    numbers_of,
+    plain_views,
+    random_views,
     view_keypoints,
     view_matrices,
 )
@@ -28,7 +28,7 @@ from cyclekd.integrations.tokenpose.skeletons import COCO, CROWDPOSE, Skeleton
 SIZE, WIDTH = (256, 192), 640
 CENTER, SCALE = torch.tensor([310.5, 205.0]).double(), torch.tensor([0.9, 1.2]).double()
 NOTHING = ViewSettings(shift_probability=0, flip=0, half_body=0, scale=0, rotation_probability=0)
-SMALL = View(torch.tensor([14.3, 21.0]), torch.tensor([0.12, 0.16]), torch.tensor(25.0), torch.tensor(True))
+SMALL = View(torch.tensor([[14.3, 21.0]]), torch.tensor([[0.12, 0.16]]), torch.tensor([25.0]), torch.tensor([True]))
 
 
 def person(skeleton: Skeleton = COCO, unlabelled: tuple[int, ...] = (), x: float = 3, y: float = 6) -> Tensor:
@@ -39,14 +39,11 @@ def person(skeleton: Skeleton = COCO, unlabelled: tuple[int, ...] = (), x: float
     return points
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def views(settings: ViewSettings, count: int, keypoints: Tensor | None = None) -> View:
-    state = generator()
-    keypoints = person() if keypoints is None else keypoints
-    return stack_views([sample_view(CENTER, SCALE, keypoints, COCO, settings, state) for _ in range(count)])
+def views(settings: ViewSettings, seeds: range, keypoints: Tensor | None = None, skeleton: Skeleton = COCO) -> View:
+    """Of one person as often as there are seeds."""
+    keypoints = (person() if keypoints is None else keypoints).expand(len(seeds), -1, -1)
+    boxes = CENTER.expand(len(seeds), 2), SCALE.expand(len(seeds), 2)
+    return random_views(*boxes, keypoints, skeleton, settings, numbers_of(seeds))
 
 
 # -- mmpose's steps, one by one, on an image that is mirrored on the way ----------------------------------------------
@@ -114,16 +111,17 @@ def step_by_step(
 def test_views_equal_mmposes_steps_on_a_mirrored_image(
     keypoints: Tensor, skeleton: Skeleton, settings: ViewSettings
 ) -> None:
-    ours, theirs, seen = generator(), generator(), set()
-    for _ in range(150):
-        view = stack_views([sample_view(CENTER, SCALE, keypoints, skeleton, settings, ours)])
-        matrix, moved, done = step_by_step(keypoints.tolist(), skeleton, settings, theirs)
-        points, visible = view_keypoints(keypoints[None], view, skeleton, view_matrices(view, SIZE))
-        moved = torch.tensor([moved]).double()
-        assert torch.equal(visible, moved[..., 2])
-        labelled = visible[0] > 0
-        expected = transform_points(matrix, moved[..., :2])
-        torch.testing.assert_close(points[0, labelled], expected[0, labelled], rtol=0, atol=1e-3)
+    seeds, seen = range(150), set()
+    drawn = views(settings, seeds, keypoints, skeleton)
+    points, visible = view_keypoints(keypoints.expand(150, -1, -1), drawn, skeleton, view_matrices(drawn, SIZE))
+    for seed in seeds:
+        state = torch.Generator().manual_seed(seed)
+        matrix, moved, done = step_by_step(keypoints.tolist(), skeleton, settings, state)
+        moved = torch.tensor(moved).double()
+        assert torch.equal(visible[seed], moved[:, 2])
+        labelled = visible[seed] > 0
+        expected = transform_points(matrix, moved[None, :, :2])[0]
+        torch.testing.assert_close(points[seed, labelled], expected[labelled], rtol=0, atol=1e-3)
         seen.update(done)
     assert seen == {"shift", "flip", "upper", "lower", "rotation"}
 
@@ -131,25 +129,36 @@ def test_views_equal_mmposes_steps_on_a_mirrored_image(
 # -- what is drawn ----------------------------------------------------------------------------------------------
 
 
-def test_the_same_state_gives_the_same_view_and_another_gives_another() -> None:
-    one, same, other = (
-        sample_view(CENTER, SCALE, person(), COCO, ViewSettings(flip=0), generator(seed)) for seed in (3, 3, 4)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
-    assert not torch.equal(one.scale, other.scale)
+def test_a_seed_gives_the_same_view_whoever_else_is_in_the_batch_and_another_gives_another() -> None:
+    """So that a run can go on with other batches; the numbers are those of runs begun with earlier versions."""
+    people = torch.stack([person(unlabelled=tuple(range(first))) for first in range(12)])
+    center, scale = CENTER + torch.arange(24).view(12, 2), SCALE * torch.linspace(0.5, 2, 12)[:, None]
+    settings = ViewSettings(half_body=0.8)
+
+    def drawn(rows: list[int], seeds: list[int]) -> View:
+        return random_views(center[rows], scale[rows], people[rows], COCO, settings, numbers_of(seeds))
+
+    together = drawn(list(range(12)), list(range(12)))
+    for row in range(12):
+        for field, alone in zip(together, drawn([row], [row]), strict=True):
+            assert torch.equal(field[row], alone[0])
+    assert not torch.equal(drawn([5], [5]).scale, drawn([5], [6]).scale)
+    state = torch.Generator().manual_seed(7)
+    uniform, normal = (each(n, generator=state, dtype=torch.float64) for each, n in ((torch.rand, 6), (torch.randn, 3)))
+    assert torch.equal(numbers_of([3, 7]).uniform[1], uniform) and torch.equal(numbers_of([3, 7]).normal[1], normal)
 
 
 def test_a_step_that_is_turned_off_leaves_the_others_as_they_were() -> None:
-    usual = views(ViewSettings(half_body=0), 40)
-    without_rotation = views(ViewSettings(half_body=0, rotation_probability=0), 40)
+    usual = views(ViewSettings(half_body=0), range(40))
+    without_rotation = views(ViewSettings(half_body=0, rotation_probability=0), range(40))
     assert torch.equal(usual.center, without_rotation.center) and torch.equal(usual.flip, without_rotation.flip)
     assert torch.equal(usual.scale, without_rotation.scale) and not without_rotation.rotation.any()
-    without_shift = views(ViewSettings(half_body=0, shift_probability=0), 40)
+    without_shift = views(ViewSettings(half_body=0, shift_probability=0), range(40))
     assert torch.equal(usual.rotation, without_shift.rotation) and torch.equal(usual.flip, without_shift.flip)
 
 
 def test_every_step_is_as_frequent_and_as_large_as_in_the_paper() -> None:
-    drawn = views(ViewSettings(half_body=0), 2000)
+    drawn = views(ViewSettings(half_body=0), range(2000))
     shift = (drawn.center - CENTER) / (200 * SCALE)
     zoom = drawn.scale[:, 0] / SCALE[0]
     assert shift.ne(0).any(1).double().mean() == pytest.approx(0.3, abs=0.04)
@@ -166,9 +175,9 @@ def test_every_step_is_as_frequent_and_as_large_as_in_the_paper() -> None:
 
 
 def test_nothing_drawn_is_the_plain_view() -> None:
-    plain = stack_views([plain_view(CENTER, SCALE)] * 3)
+    plain = plain_views(CENTER.expand(3, 2), SCALE.expand(3, 2))
     for settings in (NOTHING, ViewSettings(shift=0, flip=0, half_body=0, scale=0, rotation=0)):
-        assert all(torch.equal(a, b) for a, b in zip(views(settings, 3), plain, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(views(settings, range(3)), plain, strict=True))
     matrices = crop_matrices(CENTER[None], SCALE[None], torch.zeros(1), SIZE)
     assert torch.equal(view_matrices(plain, SIZE)[:1], matrices)
     aligned = crop_matrices_aligned(CENTER[None], SCALE[None], torch.zeros(1), SIZE)
@@ -182,7 +191,7 @@ ALWAYS_HALF = replace(NOTHING, half_body=1.0)
 
 def test_a_half_body_is_centred_on_its_labelled_keypoints_and_contains_them() -> None:
     keypoints = person(unlabelled=(2, 13))
-    drawn = views(ALWAYS_HALF, 2000, keypoints)
+    drawn = views(ALWAYS_HALF, range(2000), keypoints)
     halves = [[i for i in range(11) if i != 2], [11, 12, 14, 15, 16]]
     centers = [keypoints[half, :2].mean(0) for half in halves]
     is_upper = torch.isclose(drawn.center, centers[0]).all(1)
@@ -197,19 +206,19 @@ def test_a_half_body_is_centred_on_its_labelled_keypoints_and_contains_them() ->
 
 def test_a_half_with_too_few_keypoints_gives_way_to_the_other() -> None:
     no_legs, no_head = person(unlabelled=(11, 12, 13, 14)), person(unlabelled=tuple(range(9)))
-    assert torch.allclose(views(ALWAYS_HALF, 30, no_legs).center, no_legs[:11, :2].mean(0))
+    assert torch.allclose(views(ALWAYS_HALF, range(30), no_legs).center, no_legs[:11, :2].mean(0))
     settings = replace(ALWAYS_HALF, half_body_keypoints=7)
-    assert torch.allclose(views(settings, 30, no_head).center, no_head[11:, :2].mean(0))
+    assert torch.allclose(views(settings, range(30), no_head).center, no_head[11:, :2].mean(0))
 
 
 @pytest.mark.parametrize("labelled", [0, 1, 8])
 def test_too_few_labelled_keypoints_leave_the_box_as_it_is(labelled: int) -> None:
-    drawn = views(ALWAYS_HALF, 20, person(unlabelled=tuple(range(labelled, 17))))
+    drawn = views(ALWAYS_HALF, range(20), person(unlabelled=tuple(range(labelled, 17))))
     assert torch.equal(drawn.center, CENTER.expand(20, 2)) and torch.equal(drawn.scale, SCALE.expand(20, 2))
 
 
 def test_keypoints_on_one_spot_leave_the_box_as_it_is() -> None:
-    drawn = views(ALWAYS_HALF, 20, torch.tensor([[50.0, 60.0, 2.0]]).expand(17, 3))
+    drawn = views(ALWAYS_HALF, range(20), torch.tensor([[50.0, 60.0, 2.0]]).expand(17, 3))
     assert torch.equal(drawn.scale, SCALE.expand(20, 2))
 
 
@@ -220,18 +229,17 @@ def test_keypoints_on_one_spot_leave_the_box_as_it_is() -> None:
 def test_a_mirrored_view_is_a_view_of_the_mirrored_image(aligned: bool) -> None:
     y, x, channel = np.meshgrid(np.arange(40), np.arange(30), np.arange(3), indexing="ij")
     image = (120 + 60 * np.sin(0.7 * x + channel) + 60 * np.cos(0.5 * y + 0.2 * x)).astype(np.uint8)
-    view = stack_views([SMALL])
-    in_mirrored = (torch.tensor([29.0, 0.0]) + torch.tensor([-1.0, 1.0]) * SMALL.center)[None]
-    matrix = (crop_matrices_aligned if aligned else crop_matrices)(in_mirrored, view.scale, view.rotation, (32, 24))
+    in_mirrored = torch.tensor([29.0, 0.0]) + torch.tensor([-1.0, 1.0]) * SMALL.center
+    matrix = (crop_matrices_aligned if aligned else crop_matrices)(in_mirrored, SMALL.scale, SMALL.rotation, (32, 24))
     expected = warp_exact(np.ascontiguousarray(image[:, ::-1]), matrix[0], (32, 24))
-    found = warp_exact(image, view_matrices(view, (32, 24), aligned=aligned)[0], (32, 24))
+    found = warp_exact(image, view_matrices(SMALL, (32, 24), aligned=aligned)[0], (32, 24))
     assert expected.std() > 20
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
 def test_left_and_right_are_exchanged_in_mirrored_views_alone() -> None:
-    plain = plain_view(torch.tensor([100.0, 60.0]), torch.tensor([0.96, 1.28]))  # lengths stay
-    batch = stack_views([plain, plain._replace(flip=torch.tensor(True))])
+    plain = plain_views(torch.tensor([[100.0, 60.0]] * 2), torch.tensor([[0.96, 1.28]] * 2))  # lengths stay
+    batch = plain._replace(flip=torch.tensor([False, True]))
     keypoints = person().float().expand(2, 17, 3).clone()
     keypoints[:, 5] = torch.tensor([110.0, 50.0, 2.0])  # the left shoulder, 10 px right of the centre
     keypoints[:, 6] = torch.tensor([85.0, 52.0, 0.0])
@@ -245,16 +253,24 @@ def test_left_and_right_are_exchanged_in_mirrored_views_alone() -> None:
 # -- batches and errors -----------------------------------------------------------------------------------------
 
 
-def test_pytorchs_collation_makes_the_same_batch() -> None:
-    several = [SMALL, SMALL._replace(flip=torch.tensor(False)), SMALL]
-    for found, expected in zip(default_collate(several), stack_views(several), strict=True):
-        assert torch.equal(found, expected) and found.shape[0] == 3
-
-
-def test_matrices_and_keypoints_read_no_value_of_a_device() -> None:
-    view = View(*(field.to("meta") for field in stack_views([SMALL, SMALL])))
-    points, visible = view_keypoints(torch.ones(2, 17, 3, device="meta"), view, COCO, view_matrices(view, SIZE))
+def test_views_matrices_and_keypoints_read_no_value_of_a_device() -> None:
+    two, keypoints = torch.ones(2, 2, device="meta"), torch.ones(2, 17, 3, device="meta")
+    numbers = Numbers(torch.ones(2, 6, device="meta"), torch.ones(2, 3, device="meta"))
+    view = random_views(two, two, keypoints, COCO, ViewSettings(), numbers)
+    points, visible = view_keypoints(keypoints, view, COCO, view_matrices(view, SIZE))
     assert points.shape == (2, 17, 2) and visible.shape == (2, 17)
+
+
+def test_views_have_the_precision_of_the_boxes_and_at_least_float32() -> None:
+    for given, expected in (
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.half, torch.float32),
+    ):
+        box = torch.ones(1, 2, dtype=given)
+        drawn = random_views(box, box, person()[None], COCO, ViewSettings(), numbers_of([0]))
+        for view in (drawn, plain_views(box, box)):
+            assert {field.dtype for field in view} == {expected, torch.bool}
 
 
 def test_crowdposes_settings_are_mmposes() -> None:
@@ -284,14 +300,16 @@ def test_a_spread_that_no_view_can_have_is_refused(wrong: dict[str, float]) -> N
 
 
 def test_other_shapes_are_refused() -> None:
-    with pytest.raises(PoseError, match=r"sample_view: keypoints takes \[17, 3\].*\[14, 3\]"):
-        sample_view(CENTER, SCALE, person(CROWDPOSE), COCO, ViewSettings(), generator())
-    with pytest.raises(PoseError, match=r"sample_view: center takes \[2\]"):
-        sample_view(CENTER[None], SCALE, person(), COCO, ViewSettings(), generator())
-    with pytest.raises(PoseError, match=r"plain_view: scale takes \[2\]"):
-        plain_view(CENTER, SCALE[None])
-    with pytest.raises(PoseError, match=r"view_matrices: view.flip takes \[N\].*stack_views\(\[view\]\)"):
-        view_matrices(SMALL, SIZE)
-    view = stack_views([SMALL])
+    one, box = numbers_of([0]), (CENTER[None], SCALE[None])
+    with pytest.raises(PoseError, match=r"random_views: keypoints takes \[1, 17, 3\].*\[1, 14, 3\]"):
+        random_views(*box, person(CROWDPOSE)[None], COCO, ViewSettings(), one)
+    with pytest.raises(PoseError, match=r"random_views: center takes \[1, 2\].*\[2\]"):
+        random_views(CENTER, SCALE, person()[None], COCO, ViewSettings(), one)
+    with pytest.raises(PoseError, match=r"random_views: center takes \[2, 2\].*\[1, 2\]"):
+        random_views(*box, person()[None], COCO, ViewSettings(), numbers_of([0, 1]))
+    with pytest.raises(PoseError, match=r"plain_views: scale takes \[1, 2\].*\[2\]"):
+        plain_views(CENTER[None], SCALE)
+    with pytest.raises(PoseError, match=r"view_matrices: view.flip takes \[N\]"):
+        view_matrices(View(*(field[0] for field in SMALL)), SIZE)
     with pytest.raises(PoseError, match=r"view_keypoints: keypoints takes \[1, 17, 3\].*\[2, 17, 3\]"):
-        view_keypoints(torch.ones(2, 17, 3), view, COCO, view_matrices(view, SIZE))
+        view_keypoints(torch.ones(2, 17, 3), SMALL, COCO, view_matrices(SMALL, SIZE))

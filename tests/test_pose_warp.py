@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cyclekd.integrations.tokenpose.data.views import ViewSettings, sample_view, stack_views, view_matrices
+from cyclekd.integrations.tokenpose.data.views import ViewSettings, numbers_of, random_views, view_matrices
 from cyclekd.integrations.tokenpose.data.warp import normalize, warp_batch, warp_exact
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.keypoints.geometry import crop_matrices, transform_points
@@ -143,21 +143,20 @@ def test_a_part_of_an_array_and_a_tensor_as_matrix_are_fine() -> None:
 # -- the batched crops next to the exact ones -------------------------------------------------------------------
 
 
-def random_views(people: int, *, width: int, height: int) -> Tensor:
-    """Float64 matrices [N, 2, 3] of the paper's views on boxes in such an image."""
-    state, views = torch.Generator().manual_seed(1), []
-    for row in range(people):
-        center = torch.tensor([width * (0.35 + 0.05 * row), height * (0.6 - 0.03 * row)]).double()
-        scale = torch.tensor([0.75, 1.0]).double() * height / 200
-        views.append(sample_view(center, scale, torch.zeros(17, 3), COCO, ViewSettings(), state))
-    assert len({bool(view.flip) for view in views}) == 2 and any(view.rotation.abs() > 20 for view in views)
-    return view_matrices(stack_views(views), (128, 96))
+def matrices_of_views(people: int, *, width: int, height: int) -> Tensor:
+    """Float64 [N, 2, 3], of the paper's views on boxes in such an image."""
+    row = torch.arange(people).double()
+    center = torch.stack((width * (0.35 + 0.05 * row), height * (0.6 - 0.03 * row)), 1)
+    scale = (torch.tensor([0.75, 1.0]).double() * height / 200).expand(people, 2)
+    views = random_views(center, scale, torch.zeros(people, 17, 3), COCO, ViewSettings(), numbers_of(range(people)))
+    assert len(views.flip.unique()) == 2 and (views.rotation.abs() > 20).any()
+    return view_matrices(views, (128, 96))
 
 
 def test_batched_crops_differ_by_less_than_a_tenth_of_a_grey_level_on_average() -> None:
     state = np.random.Generator(np.random.PCG64(0))
     images = state.integers(0, 256, (6, 120, 160, 3), dtype=np.uint8)  # noise: the hardest image there is
-    matrices = random_views(6, width=160, height=120)
+    matrices = matrices_of_views(6, width=160, height=120)
     crops = warp_batch(torch.from_numpy(images).permute(0, 3, 1, 2), matrices.float(), (128, 96))
     exact = np.stack([warp_exact(*pair, (128, 96)) for pair in zip(images, matrices, strict=True)])
     away = np.abs(crops.permute(0, 2, 3, 1).numpy().astype(int) - exact)
@@ -170,7 +169,7 @@ def test_dots_in_crops_stand_where_the_matrix_puts_keypoints() -> None:
     y, x = torch.meshgrid(torch.arange(150).double(), torch.arange(160).double(), indexing="ij")
     image = sum(250 * torch.exp(-((x - u) ** 2 + (y - v) ** 2) / 18) for u, v in dots.tolist())
     image = image.round().to(torch.uint8).expand(6, 3, 150, 160)
-    matrices = random_views(6, width=160, height=150)
+    matrices = matrices_of_views(6, width=160, height=150)
     batched = warp_batch(image, matrices.float(), (128, 96))
     located = 0
     for crop, matrix, picture in zip(batched, matrices, image, strict=True):

@@ -19,6 +19,7 @@ from torch._utils import ExceptionWrapper
 
 from cyclekd import CycleError
 from cyclekd.integrations.runs import arguments as arguments_module
+from cyclekd.integrations.runs import processes
 from cyclekd.integrations.runs.arguments import (
     FREE_ON_RESUME,
     add_run_arguments,
@@ -27,7 +28,7 @@ from cyclekd.integrations.runs.arguments import (
     workers_of,
 )
 from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.runs.processes import on_main_process
+from cyclekd.integrations.runs.processes import all_or_none, main_process_first, on_main_process
 from cyclekd.integrations.runs.start import check_out, open_run, report, run_command
 from cyclekd.integrations.runs.training import Rhythm
 
@@ -37,6 +38,7 @@ def no_state_from_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Accelerate's state is global, and `accelerate launch` tells its wishes by environment variables."""
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
     _forget()
     yield
     _forget()
@@ -179,6 +181,38 @@ def test_what_the_main_process_finds_is_raised_and_its_value_comes_back(accelera
         on_main_process(accelerator, refuse)
 
 
+@pytest.mark.parametrize("error", [RunError, CycleError, OSError])
+def test_what_a_user_can_cause_is_raised_by_all_processes_alike(
+    accelerator: Accelerator, error: type[Exception]
+) -> None:
+    def refuse() -> None:
+        raise error("no such thing")
+
+    with pytest.raises(RunError, match="no such thing") as of_main:
+        on_main_process(accelerator, refuse)
+    with pytest.raises(RunError, match="no such thing") as of_first:
+        main_process_first(accelerator, refuse)
+    with pytest.raises(RunError, match="no such thing") as of_all, all_or_none():
+        refuse()
+    assert of_main.value.shared and of_first.value.shared and of_all.value.shared
+    with all_or_none():
+        pass
+
+
+def test_a_problem_of_another_process_is_raised_with_its_number(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for found, message in (([None, None, "mine", "too"], "^process 2: mine$"), (["mine", "too"], "^mine$")):
+        monkeypatch.setattr(processes, "gather_object", lambda _, found=found: found)
+        with pytest.raises(RunError, match=message), all_or_none():
+            pass
+
+
+def test_a_mistake_in_the_code_is_not_taken_for_a_users(accelerator: Accelerator) -> None:
+    with pytest.raises(ZeroDivisionError), all_or_none():
+        print(1 / 0)
+
+
 def test_a_problem_is_one_line_on_stderr_and_exit_code_2(
     accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +256,15 @@ def test_other_processes_do_not_repeat_a_problem(capsys: pytest.CaptureFixture[s
     other = argparse.Namespace(is_main_process=False, process_index=3)
     assert report(RunError("no such thing", shared=True), other) == 2
     assert not capsys.readouterr().err
+
+
+def test_of_bad_arguments_which_all_have_the_first_process_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, said in (("0", "error: no such thing\n"), ("3", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert report(RunError("no such thing")) == 2
+        assert capsys.readouterr().err == said
 
 
 def test_a_problem_of_one_process_is_said_by_it(capsys: pytest.CaptureFixture[str]) -> None:

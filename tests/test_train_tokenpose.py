@@ -25,18 +25,32 @@ from safetensors.torch import load_file
 pytest.importorskip("pycocotools")
 
 from cyclekd.integrations.runs import training as curves
-from cyclekd.integrations.tokenpose import COCO, CROWDPOSE, Target, TokenPose, from_pretrained, read_people
+from cyclekd.integrations.tokenpose import (
+    COCO,
+    CROWDPOSE,
+    Target,
+    TokenPose,
+    from_pretrained,
+    read_people,
+    save_pretrained,
+)
 from cyclekd.integrations.tokenpose.data import crops
 from cyclekd.integrations.tokenpose.data.crops import EvaluationCrops
 from cyclekd.integrations.tokenpose.data.views import ViewSettings
 from cyclekd.integrations.tokenpose.data.warp import warp_exact
+from cyclekd.integrations.tokenpose.evaluation import pictures
 from cyclekd.integrations.tokenpose.evaluation.predicting import evaluate_cycles, predict_cycles
 from cyclekd.integrations.tokenpose.figures.draw import write_figures
 from cyclekd.integrations.tokenpose.losses.targets import usual_sigma
 from cyclekd.integrations.tokenpose.models.create import create_model
-from cyclekd.integrations.tokenpose.training import pictures
 from cyclekd.integrations.tokenpose.training import train as module
-from cyclekd.integrations.tokenpose.training.arguments import FIRST_LOOK, parse_arguments, recipe_warnings
+from cyclekd.integrations.tokenpose.training.arguments import (
+    FIRST_LOOK,
+    check_arguments,
+    check_token_weight,
+    parse_arguments,
+    recipe_warnings,
+)
 from cyclekd.integrations.tokenpose.training.objective import Supervised, make_criterion, weights_of_model
 from cyclekd.integrations.tokenpose.training.train import build_schedule, main, view_settings
 from test_resume import all_equal, records, run
@@ -163,7 +177,7 @@ def test_the_truth_is_drawn_at_the_left_and_the_prediction_at_the_right(
     monkeypatch.setattr(pictures, "draw_poses", lambda image, *poses, **_: drawn.append(poses) or image)
     model = create_model("tokenpose_t_6", input_size=(64, 48), depth=2, dim=32, heads=4, stage1_width=8)
     monkeypatch.setattr(model, "forward", lambda images: torch.eye(1, 192).reshape(1, 1, 16, 12).repeat(12, 17, 1, 1))
-    pictures.draw_predictions(tmp_path / "picture.png", model, samples, "title")
+    pictures.draw_predictions(tmp_path / "picture.png", model, samples, "name")
     assert len(drawn) == 24 and not np.array_equal(drawn[0][0], drawn[2][0])
     rows = [samples[round(row)] for row in np.linspace(0, VALIDATED - 1, 12).astype(int).tolist()]
     for sample, (points, shown, _), (predicted, all_shown, _) in zip(rows, drawn[::2], drawn[1::2], strict=True):
@@ -250,8 +264,6 @@ def test_a_cache_of_pixels_is_made_when_it_is_asked_for(start: Command, tmp_path
         (file,) = (tmp_path / name).glob("people-*.arrow")
         sizes[name] = file.stat().st_size
     assert sizes["pixels"] > 2 * sizes["jpeg"]
-    code, _, errors = start("--cache-pixels", "--no-cache", "--out", str(tmp_path / "neither"))
-    assert code == 2 and "--cache-pixels: there is no cache with --no-cache" in errors[-1]
 
 
 # -- whose boxes, which key points ------------------------------------------------------------------------------------
@@ -347,7 +359,7 @@ def test_crowdposes_folder_has_its_own_figures_and_views(start: Command, data: P
     (crowdpose / "json").mkdir()
     annotations_of(folder, "train").rename(crowdpose / "json/crowdpose_trainval.json")
     annotations_of(folder, "val").rename(crowdpose / "json/crowdpose_test.json")
-    code, printed, _ = start("--epochs", "1", "--no-cache", data=crowdpose)
+    code, printed, _ = start("--epochs", "1", "--no-cache", data=crowdpose, cache=None)
     assert code == 0 and "14 key points" in printed
     *_, last = records(tmp_path / "run")
     assert {"AP_1", "AP_2", "AR_1"} < set(last) and any("hard" in name.lower() for name in last)
@@ -490,18 +502,14 @@ def test_the_help_names_every_setting_of_the_first_look(capsys: pytest.CaptureFi
         (["--model", "tokenreg_s"], "--model tokenreg_s --model-args head=rle"),
         (["--model", "sdpose_reg", "--rho", "0.3"], "--rho: weighs tokens by the size of the task loss"),
         (["--model", "rle_r50", "--cycles", "2", "--model-args", "input_size=64,64"], "rle_r50 has no cycles"),
-        (["--rho", "0.3", "--alpha", "1e-5"], "--alpha, --rho: both weigh the tokens"),
         (["--scale", "2"], "--scale 2.0: has to be between 0 and 0.99"),
         (["--lr", "nan"], "--lr nan: has to be at least 0"),
         (["--lr-drop-epochs", "5", "3"], "--lr-drop-epochs 5 3: these are epochs from 1 on, in order"),
         (["--train-annotations", "a.json"], "--train-annotations and --train-images go together"),
         (["--train-annotations", "a.json", "--train-images", "b"], "a.json cannot be read"),
         (["--batch-size", "500"], "give a smaller --batch-size"),
-        (["--new-head"], "--new-head: goes with --init-from"),
         (["--init-from", "nowhere"], "no folder nowhere"),
         (["--boxes", "nowhere.json"], "nowhere.json cannot be read"),
-        (["--box-score", "0.5"], "--box-score: goes with --boxes"),
-        (["--exact-crops"], "--exact-crops, --cache-dir"),
         (["--mixed-precision", "fp16"], "--mixed-precision fp16: needs a GPU"),
     ],
 )
@@ -511,6 +519,53 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
     code, _, errors = start(*more)
     assert code == 2 and errors[-1].startswith("error: ") and message in errors[-1]
     assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--alpha", "1e-5", "--rho", "0.3"], "--alpha, --rho: both weigh the tokens"),
+        (["--cycles", "1", "--alpha", "1e-5"], "--alpha: weighs the tokens of one cycle .* sdpose_s_v1 has 1 here"),
+        (["--cycles", "1", "--rho", "0.3"], "--rho: weighs the tokens of one cycle .* sdpose_s_v1 has 1 here"),
+        (["--model", "tokenpose_s_v1", "--rho", "0.3"], "--rho: .* tokenpose_s_v1 has 1 here: add --cycles 2"),
+        (["--model", "rle_r50", "--alpha", "1e-5"], "--alpha: .* rle_r50 has 1 here: leave it out"),
+        (["--model-args", "cycles=1", "--alpha", "1e-5"], "--alpha: .* sdpose_s_v1 has 1 here"),
+        (["--init-from", "one-cycle", "--alpha", "1e-5"], "--alpha: .* tokenpose_s_v1 has 1 here"),
+        (["--box-score", "0.5"], "--box-score: goes with --boxes"),
+        (["--new-head"], "--new-head: goes with --init-from"),
+        (["--no-cache"], "--no-cache, --cache-dir: without a cache"),
+        (["--exact-crops"], "--exact-crops, --cache-dir: exact crops are of whole photographs"),
+        (["--no-cache", "--cache-pixels"], "--cache-pixels: there is no cache with --no-cache"),
+        (["--exact-crops", "--cache-pixels"], "--exact-crops, --cache-dir"),
+    ],
+)
+def test_arguments_that_say_nothing_together_are_refused_before_data_are_looked_for(
+    start: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--init-from" in more:
+        save_pretrained(create_model("tokenpose_s_v1", input_size=(64, 48), depth=1, dim=8, heads=2), "one-cycle/model")
+        more = ["--model", "tokenpose_s_v1", *more]
+    code, printed, errors = start(*more, data=Path("nowhere"))
+    assert code == 2 and printed == "" and len(errors) == 1, errors
+    assert re.match(f"error: {message}", errors[0])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--cycles", "1"],
+        ["--alpha", "1e-5"],
+        ["--model", "tokenpose_s_v1", "--cycles", "2", "--rho", "0.3"],
+        ["--model", "tokenpose_s_v1", "--model-args", "cycles=3", "--alpha", "1e-5"],
+        ["--no-cache", "--exact-crops"],
+        ["--cache-dir", "cache", "--cache-pixels"],
+    ],
+)
+def test_arguments_that_say_something_together_are_taken(more: list[str]) -> None:
+    args = parse_arguments("", ["--data", "coco", *more])
+    check_arguments(args)
+    check_token_weight(args, module.named_config(args))
 
 
 def every(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -625,7 +680,7 @@ def test_an_output_folder_that_holds_something_is_left_alone_before_any_work(sta
 
 
 def test_a_run_that_cannot_go_on_is_refused_before_any_work(start: Command, tmp_path: Path) -> None:
-    assert start("--epochs", "1", "--minutes", "1e-9", "--no-cache")[0] == 0
+    assert start("--epochs", "1", "--minutes", "1e-9", "--no-cache", cache=None)[0] == 0
     for more, message in (
         (["--resume", "--epochs", "1"], "model_args was {"),
         (["--resume", "--epochs", "2"], "epochs was 1 and is 2"),
@@ -720,3 +775,36 @@ def test_two_processes_have_the_losses_and_figures_of_one(data: Path, tmp_path: 
         together = {name: evaluation[f"{name}_{cycle}"] for name in alone.figures}
         assert together == pytest.approx(alone.figures, abs=1e-9)
         assert 0 < together["AP"] < 1, "figures that all models have"
+
+
+@pytest.mark.slow
+def test_what_no_process_can_do_is_said_once_and_none_waits_for_another(data: Path, tmp_path: Path) -> None:
+    """What is wrong with arguments, data, or what is made of them; and what one process alone cannot read."""
+    bad = changed(data, tmp_path / "bad", same_ids, "train")
+    out, model = tmp_path / "run", ["--model", tmp_path, "--workers", 0]
+    jobs: dict[str, dict[str, Any]] = {
+        "--scale 2.0": {"command": "tokenpose", "arguments": arguments(data, out, "--scale", "2")},
+        "--seed -1": {"command": "tokenpose", "arguments": arguments(data, out, "--seed", "-1")},
+        "fp16: needs a GPU": {"command": "tokenpose", "arguments": arguments(data, out, "--mixed-precision", "fp16")},
+        "no folder absent": {
+            "command": "tokenpose",
+            "arguments": arguments(data, out, "--init-from", "absent", "--rho", "1"),
+        },
+        "two of its annotations": {"command": "tokenpose", "arguments": arguments(bad, out)},
+        "smaller --batch-size": {"command": "tokenpose", "arguments": arguments(data, out, batch=400)},
+        "error: process 1: a disk of its own": {
+            "command": "tokenpose",
+            "arguments": arguments(data, out),
+            "blow": {"place": "reading on process 1", "problem": "a disk of its own"},
+        },
+        "deit_tinny": {"command": "deit", "arguments": ["--out", out, "--model", "deit_tinny"]},
+        "mixup pairs": {"command": "deit", "arguments": ["--out", out, "--mixup", "1", "--batch-size", "5"]},
+        "--batch-size 0": {"command": "evaluate", "arguments": [*model, "--data", data, "--batch-size", "0"]},
+        "nowhere has no val": {"command": "evaluate", "arguments": [*model, "--data", "nowhere"]},
+    }
+    codes, printed = run(tmp_path, *({**job, "processes": 2} for job in jobs.values()))
+    said = [line for line in printed.splitlines() if "error: " in line]
+    assert codes == [[2, 2]] * len(jobs), printed
+    assert len(said) == len(jobs), printed
+    assert all(message in line for message, line in zip(jobs, said, strict=True)), printed
+    assert not out.exists()

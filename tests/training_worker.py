@@ -2,9 +2,9 @@
 
     python tests/training_worker.py JOBS.json
 
-A job is {"arguments": [...], "command": "deit" or "tokenpose", "processes": n, "blow": {...} or null}; printed is one
+A job is {"arguments": [...], "command": a name in COMMANDS, "processes": n, "blow": {...} or null}; printed is one
 JSON list of exit codes per job. A blow falls on every process at once: SIGKILL or another signal at a given place, or a
-limit to the size of files.
+limit to the size of files; or one process cannot read.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ import torch
 from cyclekd.integrations.deit import train as deit
 from cyclekd.integrations.deit.task import Classification
 from cyclekd.integrations.runs.training import Training
+from cyclekd.integrations.tokenpose.errors import PoseError
+from cyclekd.integrations.tokenpose.evaluation import evaluate
 from cyclekd.integrations.tokenpose.training import train as tokenpose
 
-COMMANDS = {"deit": deit.main, "tokenpose": tokenpose.main}
+COMMANDS = {"deit": deit.main, "tokenpose": tokenpose.main, "evaluate": evaluate.main}
 
 
 def main() -> None:
@@ -122,11 +124,24 @@ def full_disk(after_step: int, largest_file: int) -> None:
     Training.optimizer_step = optimizer_step
 
 
+def reading(problem: str) -> None:
+    """Process 1 alone cannot read the annotations of people."""
+    original = tokenpose.read_people
+
+    def read_people(*args, **kwargs):
+        if os.environ["RANK"] == "1":
+            raise PoseError(problem)
+        return original(*args, **kwargs)
+
+    tokenpose.read_people = read_people
+
+
 PLACES = {
     "in accumulation": in_accumulation,
     "between steps": between_steps,
     "in checkpoint": in_checkpoint,
     "full disk": full_disk,
+    "reading on process 1": reading,
 }
 
 

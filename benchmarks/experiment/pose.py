@@ -24,11 +24,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.experiment.tasks import Data, Recipe, Task
-from benchmarks.experiment.views import half_bodies, random_views
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.seeds import derive_seed
 from cyclekd.integrations.tokenpose.data.people import People, find_split, read_image, read_people
-from cyclekd.integrations.tokenpose.data.views import View, ViewSettings, view_keypoints, view_matrices
+from cyclekd.integrations.tokenpose.data.views import (
+    Numbers,
+    ViewSettings,
+    plain_views,
+    random_views,
+    view_keypoints,
+    view_matrices,
+)
 from cyclekd.integrations.tokenpose.data.warp import normalize, warp_batch
 from cyclekd.integrations.tokenpose.keypoints.decoding import PIXELS_PER_SCALE, to_image
 from cyclekd.integrations.tokenpose.keypoints.export import decode_output
@@ -84,7 +90,6 @@ def load_data(seed: int, device: torch.device, cache: Path, config: TokenPoseCon
     """Views, heat maps and PCK on the device. The last people of an epoch's order who fill no batch are left out."""
     train, test = on_device(cache, device)
     skeleton = skeleton_of(cache)
-    halves = half_bodies(train.keypoints, skeleton, VIEWS, config.input_size[1] / config.input_size[0])
     people = len(train.images)
     batch = min(BATCH, people)
     steps = people // batch
@@ -93,10 +98,11 @@ def load_data(seed: int, device: torch.device, cache: Path, config: TokenPoseCon
     def batches(epoch: int) -> Iterator[tuple[Tensor, Target]]:
         draw = torch.Generator().manual_seed(derive_seed("pose", seed, epoch))
         order = torch.randperm(people, generator=draw)[: steps * batch].to(device)
-        numbers = torch.rand(people, 6, generator=draw), torch.randn(people, 3, generator=draw)
-        view = random_views(train.center, train.scale, halves, VIEWS, *(each.to(device) for each in numbers))
-        matrices = view_matrices(view, config.input_size)
-        keypoints, visible = view_keypoints(train.keypoints, view, skeleton, matrices)
+        drawn = torch.rand(people, 6, generator=draw), torch.randn(people, 3, generator=draw)
+        numbers = Numbers(*(each.to(device) for each in drawn))
+        views = random_views(train.center, train.scale, train.keypoints, skeleton, VIEWS, numbers)
+        matrices = view_matrices(views, config.input_size)
+        keypoints, visible = view_keypoints(train.keypoints, views, skeleton, matrices)
         for rows in order.split(ahead):
             inputs = train.crops(rows, matrices, config.input_size)
             target = target_of(keypoints[rows], visible[rows], config)
@@ -122,9 +128,7 @@ def pck_of(test: Split, config: TokenPoseConfig, outputs_of: Callable[[Tensor], 
     `evaluation.scoring.pck` divides by the map's. All labelled key points count alike; no flip test.
     """
     found, labelled = torch.zeros(2, dtype=torch.float64, device=test.images.device)
-    zero = torch.zeros_like(test.center[:, 0])
-    upright = View(test.center, test.scale, zero, zero.bool())
-    matrices = view_matrices(upright, config.input_size)
+    matrices = view_matrices(plain_views(test.center, test.scale), config.input_size)
     for rows in torch.arange(len(test.images), device=test.images.device).split(TEST_BATCH):
         decoded = decode_output(config, outputs_of(test.crops(rows, matrices, config.input_size)))
         center, scale, truth = test.center[rows], test.scale[rows], test.keypoints[rows]

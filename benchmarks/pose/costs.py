@@ -32,7 +32,7 @@ from benchmarks.speed.timing import paired_ratio, time_in_turns
 from cyclekd import CycleLoss, CycleOutput, run_cycles
 from cyclekd.integrations.tokenpose.losses.supervised import HeatmapLoss
 from cyclekd.integrations.tokenpose.losses.targets import Target
-from cyclekd.integrations.tokenpose.models.config import PRESETS, TokenPoseConfig
+from cyclekd.integrations.tokenpose.models.config import PRESETS
 from cyclekd.integrations.tokenpose.models.create import create_model
 from cyclekd.integrations.tokenpose.models.tokenpose import token_groups
 
@@ -119,8 +119,7 @@ def size_row(name: str) -> dict[str, object]:
     model, config = create_model(name).eval(), PRESETS[name]
     image = torch.zeros(1, 3, *config.input_size)
     plain, whole = giga_macs(lambda: model(image))
-    cycles = config.cycles if isinstance(config, TokenPoseConfig) else 1
-    every = giga_macs(lambda: run_cycles(model, image)) if cycles > 1 else None
+    every = giga_macs(lambda: run_cycles(model, image)) if config.cycles > 1 else None
     params = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     paper_params, paper_macs = PAPER.get(name, (None, None))
     return {
@@ -132,7 +131,7 @@ def size_row(name: str) -> dict[str, object]:
         "paper GFLOPs": paper_macs or "",
         "difference ": f"{plain - paper_macs:+.3f}" if paper_macs else "",
         "with attention": f"{whole:.3f}",
-        "cycles": cycles,
+        "cycles": config.cycles,
         "all cycles, conv + linear": f"{every[0]:.3f}" if every else "",
         "all cycles, with attention": f"{every[1]:.3f}" if every else "",
     }

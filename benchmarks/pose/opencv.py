@@ -7,15 +7,15 @@ person are products of a column and a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from cyclekd.integrations.runs.sampling import Draw
 from cyclekd.integrations.tokenpose.data.people import People
-from cyclekd.integrations.tokenpose.data.views import View, ViewSettings, sample_view
+from cyclekd.integrations.tokenpose.data.views import View, ViewSettings, numbers_of, random_views
 from cyclekd.integrations.tokenpose.keypoints.decoding import PIXELS_PER_SCALE
 from cyclekd.integrations.tokenpose.keypoints.geometry import center_and_scale
 from cyclekd.integrations.tokenpose.shapes import Size
@@ -44,10 +44,17 @@ class OpenCvCrops(Dataset[dict[str, Any]]):
             self.exchanged[[left, right]] = right, left
 
     def __getitem__(self, draw: Draw) -> dict[str, Any]:
-        row, seed = draw
-        generator = torch.Generator().manual_seed(seed)
-        person = self.centers[row], self.scales[row], self.people.keypoints[row]
-        view = sample_view(*person, self.people.skeleton, self.settings, generator)
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: Sequence[Draw]) -> list[dict[str, Any]]:
+        """The samples of a batch, as PyTorch's loader asks for them."""
+        rows = [row for row, _ in draws]
+        people = self.centers[rows], self.scales[rows], self.people.keypoints[rows]
+        views = random_views(*people, self.people.skeleton, self.settings, numbers_of([seed for _, seed in draws]))
+        return [self.sample(row, View(*view)) for row, view in zip(rows, zip(*views, strict=True), strict=True)]
+
+    def sample(self, row: int, view: View) -> dict[str, Any]:
+        """Of one person; the fields of `view` have no leading axis."""
         matrix = matrix_of(view, self.input_size)
         sample = {"image": normalised(self.crop(row, matrix)), "index": row}
         if self.targets:
@@ -65,7 +72,7 @@ class OpenCvCrops(Dataset[dict[str, Any]]):
 
 
 def matrix_of(view: View, input_size: Size) -> np.ndarray:
-    """float64 [2, 3], as `view_matrices`."""
+    """float64 [2, 3], as `view_matrices`, of one person's view."""
     (x, y), height, width = view.center.tolist(), *input_size
     ratio, angle = width / (PIXELS_PER_SCALE * float(view.scale[0])), np.deg2rad(float(view.rotation))
     cos, sin, sign = ratio * np.cos(angle), ratio * np.sin(angle), -1 if view.flip else 1

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from cyclekd.integrations.runs.arguments import KeyValues, add_run_arguments, require_ranges
+from cyclekd.integrations.runs.arguments import KeyValues, add_run_arguments, refuse_given, require_ranges
 from cyclekd.integrations.runs.errors import RunError
 
 FIRST_LOOK: dict[str, Any] = {
@@ -34,6 +34,8 @@ FIRST_LOOK: dict[str, Any] = {
     "workers": 0,
 }
 """Without `--data`: a model and a length for the embedded digits, on one CPU core."""
+
+RHO, IMAGES_PER_EPOCH, MIXUP_SWITCH = 0.3, 1_281_167, 0.5
 
 
 def parse_arguments(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -80,7 +82,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--images-per-epoch",
         type=int,
-        default=1_281_167,
+        default=IMAGES_PER_EPOCH,
         metavar="N",
         help="with --streaming, which cannot count them (default: 1281167, ImageNet's)",
     )
@@ -101,10 +103,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", default="deit_tiny_patch16_224", metavar="NAME", help="of timm (default: deit_tiny_patch16_224)")
     add(
         "--model-args",
-        nargs="+",
-        default={},
         action=KeyValues,
-        metavar="NAME=VALUE",
         help="more arguments for timm.create_model, such as img_size=32 patch_size=4 depth=4",
     )
     add("--pretrained", action="store_true", help="start from timm's own weights, which come from the hub")
@@ -133,7 +132,7 @@ def add_cycle_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--rho",
         type=float,
-        default=0.3,
+        default=RHO,
         help="weight of the token term relative to task loss and token variance; chosen on small experiments, lower it "
         "where the tokens of all cycles become the same (default: 0.3)",
     )
@@ -154,7 +153,7 @@ def add_teacher_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("an external teacher", text).add_argument
     add("--teacher", metavar="NAME", help="of timm; DeiT took regnety_160, since convolutional teachers worked better")
     add("--teacher-from", type=Path, metavar="FILE", help="its weights, .safetensors (default: timm's, from the hub)")
-    add("--teacher-args", nargs="+", default={}, action=KeyValues, metavar="NAME=VALUE", help="as --model-args, for it")
+    add("--teacher-args", action=KeyValues, help="as --model-args, for it")
     add(
         "--distillation",
         choices=["hard", "soft"],
@@ -236,7 +235,13 @@ def add_augmentation_arguments(parser: argparse.ArgumentParser) -> None:
         help="beta distribution of shares; 0: none (default: 0.8)",
     )
     add("--cutmix", type=float, default=1.0, metavar="X", help="the same of pasted areas; 0: none (default: 1.0)")
-    add("--mixup-switch", type=float, default=0.5, metavar="P", help="of cutmix, where both are on (default: 0.5)")
+    add(
+        "--mixup-switch",
+        type=float,
+        default=MIXUP_SWITCH,
+        metavar="P",
+        help="of cutmix, where both are on (default: 0.5)",
+    )
     add(
         "--repeated-augmentation",
         type=int,
@@ -276,10 +281,29 @@ RANGES = {
 """Least and largest value of arguments that nothing else checks before the first step."""
 
 
-def check_ranges(args: argparse.Namespace) -> None:
+def check_arguments(args: argparse.Namespace) -> None:
     """Errors: RunError for a number out of range, and for arguments that say nothing together."""
     require_ranges(args, RANGES)
-    if args.new_head and args.init_from is None:
-        raise RunError("--new-head: goes with --init-from; without it every head is new")
+    if args.init_from is None:
+        refuse_given(args, {"new_head": False}, "goes with --init-from; without it every head is new")
     if args.pretrained and args.init_from is not None:
         raise RunError("--pretrained, --init-from: both name weights to start from; leave one out")
+    if args.cycles == 1:
+        weights = {"rho": RHO, "alpha": None, "class_weight": 1, "patch_weight": 1}
+        why = "for the tokens of one cycle against the next one's, and --cycles is 1; leave that out"
+        refuse_given(args, weights, why)
+    if args.alpha is not None and args.rho != RHO:
+        raise RunError("--alpha, --rho: both weigh the tokens; leave one out")
+    if args.teacher is None:
+        of_teacher = {"teacher_from": None, "teacher_args": {}, "distillation": "hard"}
+        of_teacher |= {"distillation_alpha": None, "distillation_temperature": None}
+        refuse_given(args, of_teacher, "for an external teacher; name it with --teacher, or leave that out")
+    if args.distillation == "hard":
+        why = "softens a distribution, and hard distillation learns a first choice: add --distillation soft"
+        refuse_given(args, {"distillation_temperature": None}, why)
+    if not args.streaming:
+        why = "goes with --streaming; else the images are counted"
+        refuse_given(args, {"images_per_epoch": IMAGES_PER_EPOCH}, why)
+    if args.mixup == 0 or args.cutmix == 0:
+        why = "chooses between --mixup and --cutmix, and one of them is 0; leave it out"
+        refuse_given(args, {"mixup_switch": MIXUP_SWITCH}, why)

@@ -12,7 +12,7 @@ from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from cyclekd.integrations.deit.arguments import check_ranges, parse_arguments
+from cyclekd.integrations.deit.arguments import check_arguments, parse_arguments
 from cyclekd.integrations.deit.augment import (
     AugmentSettings,
     DeviceAugment,
@@ -43,7 +43,7 @@ from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RunFolder, write_text_atomically
 from cyclekd.integrations.runs.loading import Batch, load_batches, load_stream
-from cyclekd.integrations.runs.processes import main_process_first
+from cyclekd.integrations.runs.processes import all_or_none, main_process_first
 from cyclekd.integrations.runs.progress import duration
 from cyclekd.integrations.runs.sampling import TrainingBatches
 from cyclekd.integrations.runs.start import check_out, open_run, precision_of, run_command
@@ -53,14 +53,19 @@ from cyclekd.integrations.runs.training import Order, Outcome, Training
 def main(description: str, arguments: list[str] | None = None) -> int:
     """Train as the arguments say; the exit code: 0, 2 for bad input, 128 + n after signal n."""
     args = parse_arguments(description, arguments)
-    return run_command(lambda: make_accelerator(args), lambda accelerator: train(accelerator, args))
+
+    def make() -> Accelerator:
+        check_arguments(args)
+        return make_accelerator(args)
+
+    return run_command(make, lambda accelerator: train(accelerator, args))
 
 
 def train(accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Set up, train, save; the exit code."""
-    check_ranges(args)
     check_out(accelerator, args)
-    settings = augment_settings(args)
+    with all_or_none():
+        settings = augment_settings(args)
     data = read_data(accelerator, args)
     training = set_up(accelerator, args, data, settings)
     if accelerator.is_main_process:
@@ -94,20 +99,22 @@ def read_data(accelerator: Accelerator, args: argparse.Namespace) -> ImageData:
 
 def set_up(accelerator: Accelerator, args: argparse.Namespace, data: ImageData, settings: AugmentSettings) -> Training:
     """Everything between the arguments and the first step; whatever cannot work fails here."""
-    rhythm, workers, classes = rhythm_of(args), workers_of(args), len(data.classes)
-    transform, augment = training_augmentation(accelerator, args, settings)
-    order, load, problem_of = training_batches(accelerator, args, data, transform, workers)
-    mixup = build_mixup(args, classes)
-    teacher = build_teacher(args, classes, accelerator.device)
-    set_seed(args.seed)  # the same initial weights on every process
+    workers, classes = workers_of(args), len(data.classes)
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = add_cycles(build_model(args, classes), args)
-    model = model.to(accelerator.device, memory_format=memory_format)
-    check_forward(model, args, f"--model {args.model}")
-    if teacher is not None:
-        check_forward(teacher.model, args, f"--teacher {args.teacher}")
-    criterion = build_criterion(model, args)
-    average = make_average(model, accelerator, args)
+    with all_or_none():
+        rhythm = rhythm_of(args)
+        transform, augment = training_augmentation(accelerator, args, settings)
+        order, load, problem_of = training_batches(accelerator, args, data, transform, workers)
+        mixup = build_mixup(args, classes)
+        teacher = build_teacher(args, classes, accelerator.device)
+        set_seed(args.seed)  # the same initial weights on every process
+        model = add_cycles(build_model(args, classes), args)
+        model = model.to(accelerator.device, memory_format=memory_format)
+        check_forward(model, args, f"--model {args.model}")
+        if teacher is not None:
+            check_forward(teacher.model, args, f"--teacher {args.teacher}")
+        criterion = build_criterion(model, args)
+        average = make_average(model, accelerator, args)
     optimizer = build_optimizer(model, args, order.global_batch)
     schedule = build_schedule(optimizer, args, order.steps_per_epoch)
     if args.compile:

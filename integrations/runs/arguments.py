@@ -17,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 
 from cyclekd.integrations.runs.checkpoints import save_under_plain_names
 from cyclekd.integrations.runs.errors import RunError
+from cyclekd.integrations.runs.processes import all_or_none
 from cyclekd.integrations.runs.training import Rhythm
 
 FREE_ON_RESUME = {
@@ -88,7 +89,10 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class KeyValues(argparse.Action):
-    """`depth=4 global_pool=avg` as a dict; values are Python literals where they are, else text."""
+    """`depth=4 global_pool=avg` as a dict, {} where not given; values are Python literals where they are, else text."""
+
+    def __init__(self, *names, **options):
+        super().__init__(*names, nargs="+", default={}, metavar="NAME=VALUE", **options)
 
     def __call__(self, parser, namespace, values, option_string=None):
         pairs = {}
@@ -109,7 +113,19 @@ def require_ranges(args: argparse.Namespace, ranges: Mapping[str, tuple[float, f
         value = getattr(args, name)
         if value is not None and not (least <= value <= most and math.isfinite(value)):
             bounds = f"at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
-            raise RunError(f"--{name.replace('_', '-')} {value}: has to be {bounds}")
+            raise RunError(f"{option(name)} {value}: has to be {bounds}")
+
+
+def refuse_given(args: argparse.Namespace, defaults: Mapping[str, object], why: str) -> None:
+    """Errors: RunError naming those of the arguments in `defaults` that are not as there: they would say nothing."""
+    given = [option(name) for name, default in defaults.items() if getattr(args, name) != default]
+    if given:
+        raise RunError(f"{', '.join(given)}: {why}")
+
+
+def option(name: str) -> str:
+    """As it is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def rhythm_of(args: argparse.Namespace) -> Rhythm:
@@ -117,7 +133,7 @@ def rhythm_of(args: argparse.Namespace) -> Rhythm:
     for name in ("log_every", "evaluate_every", "checkpoint_every", "keep", "minutes", "clip_grad"):
         value = getattr(args, name)
         if value is not None and not value > 0:  # neither is NaN
-            raise RunError(f"--{name.replace('_', '-')} {value}: has to be above 0")
+            raise RunError(f"{option(name)} {value}: has to be above 0")
     return Rhythm(args.log_every, args.evaluate_every, args.checkpoint_every, args.keep, args.minutes)
 
 
@@ -125,11 +141,11 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     """Set up for what `accelerate launch` says and these arguments; saves checkpoints under the model's own keys.
 
     Besides those of `add_run_arguments`, reads `epochs`, `batch_size`, `accumulate` and `clip_grad`.
-    Errors: RunError for a tracker that is not installed or a number that makes no sense.
+    Errors: RunError for a number that makes no sense, and for a tracker or a precision that is not to be had here.
     """
     for name in ("batch_size", "accumulate", "epochs"):
         if getattr(args, name) < 1:
-            raise RunError(f"--{name.replace('_', '-')} {getattr(args, name)}: has to be at least 1")
+            raise RunError(f"{option(name)} {getattr(args, name)}: has to be at least 1")
     if args.seed < 0:
         raise RunError(f"--seed {args.seed}: has to be at least 0")
     if args.workers is not None and args.workers < 0:
@@ -149,8 +165,8 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
     )
     if args.threads is not None:
         torch.set_num_threads(args.threads)  # Accelerate may have set another number
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise RunError("--mixed-precision fp16: needs a GPU; bf16 and no work on the CPU too")
+    with all_or_none():
+        _check_machine(accelerator, args)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         # it cannot read the batch off our loaders, and clips by itself, by 1.0 unless told otherwise
         config = {"train_micro_batch_size_per_gpu": args.batch_size, "gradient_clipping": args.clip_grad or 0.0}
@@ -175,9 +191,16 @@ def _mixed_precision(args: argparse.Namespace) -> str | None:
 
 
 def _trackers(names: list[str]) -> list[str] | None:
+    """Those of them that are installed here. Errors: RunError for a name that Accelerate does not know."""
     if not set(names) <= LOGGER_TYPE_TO_CLASS.keys():
         raise RunError(f"--report-to {' '.join(names)}: Accelerate has {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-    missing = set(names) - {str(tracker) for tracker in get_available_trackers()}
+    return [name for name in names if name in map(str, get_available_trackers())] or None
+
+
+def _check_machine(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """Errors: RunError for what may be otherwise on another machine of the same run."""
+    missing = set(args.report_to) - {*map(str, get_available_trackers())}
     if missing:
-        raise RunError(f"--report-to {' '.join(names)}: {', '.join(sorted(missing))} is not installed")
-    return names or None
+        raise RunError(f"--report-to {' '.join(args.report_to)}: {', '.join(sorted(missing))} is not installed")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise RunError("--mixed-precision fp16: needs a GPU; bf16 and no work on the CPU too")

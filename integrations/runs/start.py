@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 
@@ -69,12 +70,16 @@ def precision_of(accelerator: Accelerator) -> str:
 
 
 def report(error: Exception, accelerator: Accelerator | None = None) -> int:
-    """The message on stderr; the exit code 2. What all processes raise is said by the main one alone."""
+    """The message on stderr; the exit code 2. What all processes raise is said by the main one alone.
+
+    So is what is wrong before there is an Accelerator: that is of the arguments, which are the same for all.
+    """
     # one from a loader's worker carries its traceback
     message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-    if accelerator is None or accelerator.is_main_process:
+    is_main = os.environ.get("RANK", "0") == "0" if accelerator is None else accelerator.is_main_process
+    if is_main:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    elif not getattr(error, "shared", False):
+    elif accelerator is not None and not getattr(error, "shared", False):
         print(f"error: process {accelerator.process_index}: {message}", file=sys.stderr, flush=True)
     return 2
 

@@ -6,9 +6,9 @@
     heatmaps = model.eval()(images)  # [B, 3, 256, 192] to [B, 17, 64, 48]
 
 Networks are in models/, what they learn from in losses/, the way between their pixels and an image's in keypoints/,
-their files in weights/; people of COCO and CrowdPose in data/, drawn ones in figures/, average precision in evaluation/
-(not imported here, as it needs pycocotools); key points of your own images in prediction/, and training/ is behind
-examples/train_tokenpose.py.
+their files in weights/; people of COCO and CrowdPose in data/, drawn ones in figures/, key points of your own images in
+prediction/; average precision in evaluation/, behind examples/evaluate_pose.py (not imported here, as it needs
+pycocotools), and training/ is behind examples/train_tokenpose.py.
 """
 
 from cyclekd.integrations.tokenpose.data.people import People, read_people

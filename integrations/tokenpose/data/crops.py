@@ -22,9 +22,9 @@ from cyclekd.integrations.tokenpose.data.people import People
 from cyclekd.integrations.tokenpose.data.views import (
     View,
     ViewSettings,
-    plain_view,
-    sample_view,
-    stack_views,
+    numbers_of,
+    plain_views,
+    random_views,
     view_keypoints,
     view_matrices,
 )
@@ -87,11 +87,10 @@ class Crops(Dataset[Sample]):
             return Context(read_photograph(self.people, int(self.people.image_index[row])), np.eye(2, 3))
         return self.contexts.read(row)
 
-    def _samples(self, rows: list[int], contexts: list[Context], views: list[View]) -> list[Sample]:
+    def _samples(self, rows: list[int], contexts: list[Context], views: View) -> list[Sample]:
         """Of several people at once: one by one, their small matrices would take as long as their images."""
-        batch = stack_views(views)
-        matrices = view_matrices(batch, self.input_size)
-        keypoints, visible = view_keypoints(self.people.keypoints[rows], batch, self.people.skeleton, matrices)
+        matrices = view_matrices(views, self.input_size)
+        keypoints, visible = view_keypoints(self.people.keypoints[rows], views, self.people.skeleton, matrices)
         from_photos = torch.from_numpy(np.stack([context.matrix for context in contexts]))
         matrices = compose_matrices(matrices.double(), invert_matrices(from_photos))
         images = [self._image(context.image, matrix) for context, matrix in zip(contexts, matrices, strict=True)]
@@ -101,8 +100,8 @@ class Crops(Dataset[Sample]):
                 "matrix": torch.eye(2, 3) if self.exact else matrices[i].float(),
                 "keypoints": keypoints[i],
                 "visible": visible[i],
-                "center": views[i].center,
-                "scale": views[i].scale,
+                "center": views.center[i],
+                "scale": views.scale[i],
                 "index": rows[i],
             }
             for i, image in enumerate(images)
@@ -138,8 +137,7 @@ class TrainingCrops(Crops):
     def __getitems__(self, draws: Sequence[Draw]) -> list[Sample]:
         """The samples of a batch, as PyTorch's loader asks for them."""
         rows, contexts = zip(*(self._readable(first) for first, _ in draws), strict=True)
-        views = [self._view(row, seed) for row, (_, seed) in zip(rows, draws, strict=True)]
-        samples = self._samples(list(rows), list(contexts), views)
+        samples = self._samples(list(rows), list(contexts), self._views(list(rows), [seed for _, seed in draws]))
         skipped = [-1 if row == first else first for row, (first, _) in zip(rows, draws, strict=True)]
         return [{**sample, "skipped": row} for sample, row in zip(samples, skipped, strict=True)]
 
@@ -154,9 +152,9 @@ class TrainingCrops(Crops):
                 problem = problem or error
         raise PoseError(f"nobody is readable among {min(GIVE_UP_AFTER, len(self))} people from {first} on: {problem}")
 
-    def _view(self, row: int, seed: int) -> View:
-        person = self.centers[row], self.scales[row], self.people.keypoints[row]
-        return sample_view(*person, self.people.skeleton, self.settings, torch.Generator().manual_seed(seed))
+    def _views(self, rows: list[int], seeds: list[int]) -> View:
+        people = self.centers[rows], self.scales[rows], self.people.keypoints[rows]
+        return random_views(*people, self.people.skeleton, self.settings, numbers_of(seeds))
 
 
 class EvaluationCrops(Crops):
@@ -170,10 +168,10 @@ class EvaluationCrops(Crops):
 
     def __getitem__(self, index: int) -> Sample:
         row = max(index, 0)
-        view = plain_view(self.centers[row], self.scales[row])
+        views = plain_views(self.centers[[row]], self.scales[[row]])
         if index != PADDING:
             try:
-                return {**self._samples([row], [self._read(row)], [view])[0], "valid": True}
+                return {**self._samples([row], [self._read(row)], views)[0], "valid": True}
             except PoseError:
                 pass  # told by valid=False beside an index
         keypoints, size = self.people.keypoints[row], self.input_size if self.exact else (self.side, self.side)
@@ -182,8 +180,8 @@ class EvaluationCrops(Crops):
             "matrix": torch.eye(2, 3),
             "keypoints": torch.zeros_like(keypoints[:, :2]),
             "visible": torch.zeros_like(keypoints[:, 2]),
-            "center": view.center,
-            "scale": view.scale,
+            "center": views.center[0],
+            "scale": views.scale[0],
             "index": index,
             "valid": False,
         }

@@ -1,1 +1,1 @@
-"""How good predictions are: similarity to the truth, and average precision over a data set."""
+"""How good predictions are: similarity to the truth, average precision over a data set, and the command for both."""

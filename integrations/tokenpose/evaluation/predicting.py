@@ -1,7 +1,7 @@
 """From a model and people's crops to everybody's key points after every cycle, on one device or many processes.
 
-A training evaluates with these functions while it runs, and examples/evaluate_pose.py afterwards. Between batches
-nothing waits for the device: what was found leaves it some batches at a time.
+A training evaluates with these functions while it runs, and `evaluate.py` afterwards. Between batches nothing waits
+for the device: what was found leaves it some batches at a time.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -122,6 +122,7 @@ class ConvPoseConfig:
     input_size: tuple[int, int] = (256, 192)
     backbone: ResNet = "resnet50"
     head: ConvHead = "heatmap"
+    cycles: ClassVar[int] = 1  # there are no blocks to repeat
 
     def __post_init__(self) -> None:
         _keep_as_tuples(self, input_size=2)

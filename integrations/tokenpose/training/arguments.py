@@ -11,9 +11,10 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from cyclekd.integrations.runs.arguments import KeyValues, add_run_arguments, require_ranges
+from cyclekd.integrations.runs.arguments import KeyValues, add_run_arguments, refuse_given, require_ranges
 from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.tokenpose.models.config import PRESETS
+from cyclekd.integrations.tokenpose.evaluation.arguments import check_people_arguments
+from cyclekd.integrations.tokenpose.models.config import PRESETS, PoseConfig, TokenPoseConfig
 
 FIRST_LOOK: dict[str, Any] = {
     "model": "sdpose_t",
@@ -128,10 +129,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--model-args",
-        nargs="+",
-        default={},
         action=KeyValues,
-        metavar="NAME=VALUE",
         help="fields of it to change, such as input_size=128,96 (height, width) or depth=6",
     )
     add(
@@ -294,20 +292,29 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise RunError(
             f"--{missing[0]}-annotations, --{missing[0]}-images: give them too, or --data, which has both splits"
         )
-    if args.new_head and args.init_from is None:
-        raise RunError("--new-head: goes with --init-from; without it every head is new")
+    if args.init_from is None:
+        refuse_given(args, {"new_head": False}, "goes with --init-from; without it every head is new")
     if args.pretrained_backbone and args.init_from is not None:
         raise RunError("--pretrained-backbone, --init-from: both name weights to begin with; leave one out")
     if args.alpha is not None and args.rho is not None:
         raise RunError("--alpha, --rho: both weigh the tokens; leave one out")
-    if args.box_score is not None and args.boxes is None:
-        raise RunError("--box-score: goes with --boxes, a detector's; those of the ground truth have no scores")
+    check_people_arguments(args)
     if args.cache_pixels and (args.no_cache or args.exact_crops):
         raise RunError("--cache-pixels: there is no cache with --no-cache or --exact-crops; leave one out")
-    if args.exact_crops and args.cache_dir is not None:
-        raise RunError(
-            "--exact-crops, --cache-dir: exact crops are of whole photographs, not of a cache; leave one out"
-        )
+    if args.no_cache and args.cache_dir is not None:
+        raise RunError("--no-cache, --cache-dir: without a cache there is nothing to keep in a folder; leave one out")
+
+
+def check_token_weight(args: argparse.Namespace, config: PoseConfig) -> None:
+    """Errors: RunError for a weight of tokens where the model, of this config, has one cycle alone.
+
+    `config` is that of the model before --cycles and --model-args.
+    """
+    cycles = args.model_args.get("cycles", config.cycles) if args.cycles is None else args.cycles
+    if cycles == 1:
+        way_out = "add --cycles 2, or leave it out" if isinstance(config, TokenPoseConfig) else "leave it out"
+        why = f"weighs the tokens of one cycle against the next one's, and {config.name} has 1 here: {way_out}"
+        refuse_given(args, {"alpha": None, "rho": None}, why)
 
 
 def recipe_warnings(args: argparse.Namespace, name: str, global_batch: int, steps: int) -> list[str]:

@@ -20,7 +20,7 @@ from cyclekd.integrations.runs.environment import describe_environment
 from cyclekd.integrations.runs.errors import RunError
 from cyclekd.integrations.runs.folder import RUNS, RunFolder, write_text_atomically
 from cyclekd.integrations.runs.loading import load_batches
-from cyclekd.integrations.runs.processes import main_process_first, on_main_process
+from cyclekd.integrations.runs.processes import all_or_none, main_process_first, on_main_process
 from cyclekd.integrations.runs.progress import Log, duration
 from cyclekd.integrations.runs.sampling import TrainingBatches
 from cyclekd.integrations.runs.start import check_out, open_run, precision_of, run_command
@@ -28,22 +28,24 @@ from cyclekd.integrations.runs.training import Outcome, Training
 from cyclekd.integrations.tokenpose.data.crops import EvaluationCrops, TrainingCrops
 from cyclekd.integrations.tokenpose.data.people import DETECTOR, People, find_split, read_people
 from cyclekd.integrations.tokenpose.data.views import ViewSettings
+from cyclekd.integrations.tokenpose.evaluation.arguments import detected
+from cyclekd.integrations.tokenpose.evaluation.pictures import draw_predictions
 from cyclekd.integrations.tokenpose.figures.draw import write_figures
-from cyclekd.integrations.tokenpose.models.config import TokenPoseConfig, config_for
+from cyclekd.integrations.tokenpose.models.config import PoseConfig, TokenPoseConfig, config_for
 from cyclekd.integrations.tokenpose.models.create import create_model
 from cyclekd.integrations.tokenpose.shapes import Size
 from cyclekd.integrations.tokenpose.skeletons import CROWDPOSE, Skeleton
 from cyclekd.integrations.tokenpose.training.arguments import (
     FIGURES,
     check_arguments,
+    check_token_weight,
     is_first_look,
     parse_arguments,
     recipe_warnings,
 )
 from cyclekd.integrations.tokenpose.training.objective import Supervised, make_criterion, weights_of_model
-from cyclekd.integrations.tokenpose.training.pictures import draw_predictions
 from cyclekd.integrations.tokenpose.training.task import PoseEstimation
-from cyclekd.integrations.tokenpose.weights.hub import from_pretrained, save_pretrained
+from cyclekd.integrations.tokenpose.weights.hub import from_pretrained, read_config, save_pretrained, saved_model
 from cyclekd.integrations.tokenpose.weights.layouts import some
 
 MODEL = "sdpose_s_v1"
@@ -98,12 +100,18 @@ class PoseTraining(Training):
 def main(description: str, arguments: list[str] | None = None) -> int:
     """Train as the arguments say; the exit code: 0, 2 for bad input, 128 + n after signal n."""
     args = parse_arguments(description, arguments)
-    return run_command(lambda: make_accelerator(args), lambda accelerator: train(accelerator, args))
+
+    def make() -> Accelerator:
+        check_arguments(args)
+        return make_accelerator(args)
+
+    return run_command(make, lambda accelerator: train(accelerator, args))
 
 
 def train(accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Set up, train, save; the exit code."""
-    check_arguments(args)
+    with all_or_none():
+        check_token_weight(args, named_config(args))
     check_out(accelerator, args)
     data = read_data(accelerator, args)
     training = set_up(accelerator, args, data)
@@ -125,13 +133,14 @@ def read_data(accelerator: Accelerator, args: argparse.Namespace) -> PoseData:
     if is_first_look(args):
         data = main_process_first(accelerator, lambda: write_figures(SYNTHETIC, **FIGURES, seed=0))
     splits = {}
-    for split in ("train", "val"):
-        annotations, images = getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images")
-        if annotations is None:
-            annotations, images = find_split(data, split)
-        detected = {"boxes": args.boxes, "least_score": args.box_score or 0.0} if split == "val" and args.boxes else {}
-        splits[split] = read_people(annotations, images, for_training=split == "train", **detected)
-    check_skeletons(splits["train"], splits["val"])
+    with all_or_none():
+        for split in ("train", "val"):
+            annotations, images = getattr(args, f"{split}_annotations"), getattr(args, f"{split}_images")
+            if annotations is None:
+                annotations, images = find_split(data, split)
+            boxes = detected(args) if split == "val" else {}
+            splits[split] = read_people(annotations, images, for_training=split == "train", **boxes)
+        check_skeletons(splits["train"], splits["val"])
     return PoseData(splits["train"], splits["val"], args.boxes, args.box_score or 0.0)
 
 
@@ -157,21 +166,22 @@ def check_skeletons(train: People, validation: People) -> None:
 
 def set_up(accelerator: Accelerator, args: argparse.Namespace, data: PoseData) -> PoseTraining:
     """Everything between the arguments and the first step; whatever cannot work fails here."""
-    rhythm, workers = rhythm_of(args), workers_of(args)
-    order = TrainingBatches(
-        len(data.train),
-        batch=args.batch_size,
-        epochs=args.epochs,
-        seed=args.seed,
-        accumulate=args.accumulate,
-        processes=accelerator.num_processes,
-        rank=accelerator.process_index,
-    )
-    set_seed(args.seed)  # the same initial weights on every process
-    model = build_model(args, len(data.train.skeleton.names))
-    config, criterion = model.config, make_criterion(model, alpha=args.alpha, rho=args.rho)
-    cycles = config.cycles if isinstance(config, TokenPoseConfig) else 1
-    views = view_settings(args, data.train.skeleton)
+    workers, views = workers_of(args), view_settings(args, data.train.skeleton)
+    with all_or_none():
+        rhythm = rhythm_of(args)
+        order = TrainingBatches(
+            len(data.train),
+            batch=args.batch_size,
+            epochs=args.epochs,
+            seed=args.seed,
+            accumulate=args.accumulate,
+            processes=accelerator.num_processes,
+            rank=accelerator.process_index,
+        )
+        set_seed(args.seed)  # the same initial weights on every process
+        model = build_model(args, len(data.train.skeleton.names))
+        criterion = make_criterion(model, alpha=args.alpha, rho=args.rho)
+    config = model.config
     crops = training_crops(accelerator, args, data.train, config.input_size, views, workers)
     supervised = Supervised(model, criterion).to(accelerator.device)
     fused = accelerator.device.type in {"cpu", "cuda"}
@@ -186,13 +196,13 @@ def set_up(accelerator: Accelerator, args: argparse.Namespace, data: PoseData) -
         validation=EvaluationCrops(data.validation, config.input_size, exact=args.exact_crops),
         batch=args.batch_size,
         workers=workers,
-        cycles=cycles,
+        cycles=config.cycles,
         sigma=args.sigma,
         flip_test=not args.no_flip_test,
     )
     saved = {**vars(args), "views": asdict(views), "processes": accelerator.num_processes}
     saved |= {"global_batch": order.global_batch, "precision": accelerator.mixed_precision}
-    folder = open_run(accelerator, args, name=f"{config.name}-cycles{cycles}", settings=saved)
+    folder = open_run(accelerator, args, name=f"{config.name}-cycles{config.cycles}", settings=saved)
     on_main_process(accelerator, lambda: log_data(folder, data))
     return PoseTraining(
         accelerator,
@@ -226,6 +236,11 @@ def build_model(args: argparse.Namespace, num_keypoints: int) -> nn.Module:
     return model.train()
 
 
+def named_config(args: argparse.Namespace) -> PoseConfig:
+    """Of the model that is asked for, before other arguments change it. Errors: PoseError where there is none."""
+    return config_for(args.model or MODEL) if args.init_from is None else read_config(saved_model(args.init_from))
+
+
 def load_model(args: argparse.Namespace, settings: dict[str, object]) -> nn.Module:
     """That of --init-from, with these settings. Errors: RunError where it is not the --model, and PoseError."""
     before = from_pretrained(saved_model(args.init_from))
@@ -245,11 +260,6 @@ def load_model(args: argparse.Namespace, settings: dict[str, object]) -> nn.Modu
             "arguments out, or add --new-head to begin at random there and to take over all others"
         )
     return model
-
-
-def saved_model(folder: Path) -> Path:
-    """Where a training leaves its model, or the folder itself."""
-    return folder / "model" if (folder / "model").is_dir() else folder
 
 
 def unlike(model: nn.Module, other: nn.Module) -> list[str]:
@@ -333,8 +343,7 @@ def finish(
     model = training.accelerator.unwrap_model(training.model).model
     model.load_state_dict(weights)
     save_pretrained(model, training.folder.final)
-    title = f"{model.config.name}: annotated (left) and predicted in one pass (right), {data.validation.source} boxes"
-    draw_predictions(pictures_of(training.folder), model, training.task.validation, title)
+    draw_predictions(pictures_of(training.folder), model, training.task.validation, model.config.name)
     write_card(training, outcome, data, args)
 
 

@@ -72,7 +72,7 @@ def from_pretrained(
     Errors: PoseError for files that are missing, cannot be had or cannot be read, unknown fields, weights that do not
     fit the config, NaN and infinity.
     """
-    config = changed(_read_config(_find(source, CONFIG, revision, cache_dir)), overrides)
+    config = changed(read_config(source, revision=revision, cache_dir=cache_dir), overrides)
     weights = _read_weights(_find(source, WEIGHTS, revision, cache_dir))
     model = build(config)
     own = model.state_dict()
@@ -81,6 +81,17 @@ def from_pretrained(
         raise PoseError(_why_not(source, weights, own, config, overrides))
     model.load_state_dict(fitting, strict=False)
     return model.eval()
+
+
+def read_config(source: str | Path, *, revision: str | None = None, cache_dir: str | Path | None = None) -> PoseConfig:
+    """The config alone of what `from_pretrained` loads; errors as there."""
+    return _config_of(_find(source, CONFIG, revision, cache_dir))
+
+
+def saved_model(source: str | Path) -> str | Path:
+    """Of the folder of a training the one in it that has the model; any other source of a model as it is."""
+    inside = Path(source) / "model"
+    return inside if inside.is_dir() else source
 
 
 def push_to_hub(
@@ -153,7 +164,7 @@ def _find(source: str | Path, name: str, revision: str | None, cache_dir: str | 
         ) from error
 
 
-def _read_config(path: Path) -> PoseConfig:
+def _config_of(path: Path) -> PoseConfig:
     try:
         description = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:

@@ -29,12 +29,13 @@ WHITE, GAP = 255, 6
 
 @torch.no_grad()
 def draw_predictions(
-    path: Path, model: nn.Module, crops: EvaluationCrops, title: str, *, method: str = "dark", aligned: bool = False
+    path: Path, model: nn.Module, crops: EvaluationCrops, name: str, *, method: str = "dark", aligned: bool = False
 ) -> None:
     """A PNG of up to 12 people spread over all, each twice: annotated at the left, and as the model predicts in a pass.
 
     Every predicted key point is drawn, however sure of it the model is; `method` and `aligned` are those of
-    `KeypointModel`. Detectors' boxes have no annotation. People whose photograph cannot be read are left out.
+    `KeypointModel`, and `name` is the model's, for the title. Detectors' boxes have no annotation. People whose
+    photograph cannot be read are left out.
     Errors: RunError where it cannot be written.
     """
     samples = [crops[row] for row in _chosen(crops.people)]
@@ -48,6 +49,7 @@ def draw_predictions(
         _pair(image, truth, found, row, crops.people.skeleton)
         for row, image in enumerate(images.permute(0, 2, 3, 1).numpy())
     ]
+    title = f"{name}: annotated (left) and predicted in one pass (right), {crops.people.source} boxes"
     write_atomically(path, _as_png(pairs, title))
 
 
