@@ -43,11 +43,11 @@ class LossParts:
 
     def logs(self) -> dict[str, Tensor]:
         """All terms as detached scalars by name (`loss`, `task_1`, `tokens_1_2`, ...); nothing waits for the device."""
-        named = {"loss": self.total, **_by_cycle("task", self.task), **_by_pair("tokens", self.tokens)}
+        named = {"loss": self.total.detach(), **_by_cycle("task", self.task), **_by_pair("tokens", self.tokens)}
         named |= _by_pair("predictions", self.predictions)
         for group in self.token_mse:
             named |= _by_pair(f"mse_{group}", self.token_mse[group]) | _by_pair(f"alpha_{group}", self.alpha[group])
-        return {name: value.detach() for name, value in named.items()}
+        return named
 
 
 class CycleLoss(nn.Module):
@@ -126,7 +126,7 @@ class CycleLoss(nn.Module):
         prediction_terms = self._prediction_terms(outputs, batch_share)
         for term in [*token_terms, *prediction_terms]:
             total = total + term
-        empty = task_sum.new_zeros(0)
+        empty = task_sum.new_empty(0)
         return LossParts(
             total=total,
             task=torch.stack(task),
@@ -305,8 +305,8 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
 
 
 def _by_cycle(name: str, values: Tensor) -> dict[str, Tensor]:
-    return {f"{name}_{i + 1}": value for i, value in enumerate(values)}
+    return {f"{name}_{i + 1}": value for i, value in enumerate(values.detach().unbind())}
 
 
 def _by_pair(name: str, values: Tensor) -> dict[str, Tensor]:
-    return {f"{name}_{i + 1}_{i + 2}": value for i, value in enumerate(values)}
+    return {f"{name}_{i + 1}_{i + 2}": value for i, value in enumerate(values.detach().unbind())}

@@ -101,7 +101,26 @@ def test_a_float_is_not_rounded_to_fp32():
 def test_a_meter_does_not_hold_the_graph():
     meter = Meter()
     meter.add({"loss": torch.ones((), requires_grad=True) * 2})
-    assert all(not sums.requires_grad for sums, _ in meter._sums.values())
+    ((parts, _),) = meter._waiting
+    assert not any(tensor.requires_grad for tensor in parts.values())
+
+
+def test_what_was_added_counts_as_it_was_then():
+    """A step's memory may be written on by the next, as under CUDA graphs."""
+    meter, value = Meter(), torch.tensor(1.0)
+    for _ in range(3):
+        meter.add({"loss": value})
+        value.add_(1)
+    assert meter.means() == {"loss": 2.0}
+
+
+def test_it_does_not_matter_when_the_sums_are_made():
+    often, once = Meter(), Meter()
+    for step in random_steps(40):
+        often.add(step)
+        often.means()
+        once.add(step)
+    assert often.state() == once.state(), "equal floats, not close ones"
 
 
 def random_steps(count):

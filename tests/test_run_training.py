@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import GeneralTracker
 from safetensors.torch import load_file
@@ -270,6 +272,44 @@ def test_accumulated_parts_make_one_step(training: Callable[..., Training]) -> N
         run.run()
         ends.append(weights(run))
     assert torch.allclose(*ends, atol=1e-6)
+
+
+def test_a_step_does_not_search_for_packages(
+    training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search() -> bool:
+        raise AssertionError("Accelerate looks for a package on disk")
+
+    run = training()
+    monkeypatch.setattr(accelerate.optimizer, "is_lomo_available", search)
+    before = weights(run).clone()
+    run.optimizer_step(0, iter([next(iter(run.load()))]))
+    assert not torch.equal(weights(run), before)
+    assert all(weight.grad is None for weight in run.model.parameters())
+
+
+def test_a_gradient_scaler_leaves_out_a_step_of_infinite_gradients(training: Callable[..., Training]) -> None:
+    for factor, moves in ((math.inf, False), (1.0, True)):
+        run = training(f"{factor}", task=Regression(loss_at_step={0: lambda loss, _, by=factor: loss * by}))
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        run.optimizer = AcceleratedOptimizer(run.optimizer.optimizer, scaler=run.accelerator.scaler)
+        before = weights(run).clone()
+        run.optimizer_step(0, iter([next(iter(run.load()))]))
+        assert torch.equal(weights(run), before) is not moves
+        assert run.accelerator.scaler.get_scale() == (4.0 if moves else 2.0)
+
+
+def test_a_wrapper_with_a_step_of_its_own_is_asked_for_it(training: Callable[..., Training]) -> None:
+    """As DeepSpeed's, whose step is made in the backward."""
+
+    class Wrapper(AcceleratedOptimizer):
+        def step(self, closure: Any = None) -> None: ...
+
+    run = training()
+    run.optimizer = Wrapper(run.optimizer.optimizer)
+    before = weights(run).clone()
+    run.optimizer_step(0, iter([next(iter(run.load()))]))
+    assert torch.equal(weights(run), before)
 
 
 def test_every_step_and_part_draws_for_itself(training: Callable[..., Training]) -> None:

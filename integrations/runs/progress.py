@@ -71,30 +71,29 @@ class Log:
 
 
 class Meter:
-    """Weighted means of named scalars since the last `reset`, of this process; sums are float64 where the values are.
+    """Weighted means of named scalars since the last `reset`, of this process, in float64.
 
     Names may come and go: each name's mean is over the steps that had it.
     """
 
     def __init__(self) -> None:
-        # values that come together are summed as one tensor: names to ([number of names], sum of weights)
-        self._sums: dict[tuple[str, ...], tuple[Tensor, float]] = {}
+        # of values that come together: names to ([number of names], sum of weights)
+        self._sums: dict[tuple[str, ...], tuple[list[float], float]] = {}
+        # not summed yet: a tensor of its values for each device, see `_together`, and their weight
+        self._waiting: list[tuple[dict[tuple[str, ...], Tensor], float]] = []
 
     def add(self, values: Mapping[str, Tensor | float], weight: float = 1) -> None:
-        """Count `values`, each a scalar, `weight` times (samples of the step, say)."""
-        for device in dict.fromkeys(_device(value) for value in values.values()):
-            part = {name: value for name, value in values.items() if _device(value) == device}
-            self._add(tuple(part), _stacked(part), weight)
+        """Count `values`, each a scalar, `weight` times (samples of the step, say).
 
-    def _add(self, names: tuple[str, ...], values: Tensor, weight: float) -> None:
-        sums, weights = self._sums.get(names, (torch.zeros_like(values), 0.0))
-        self._sums[names] = sums.to(values) + values * weight, weights + weight
+        One copy on their device: sums are made when they are asked for, since a GPU may wait for what a step does here.
+        """
+        self._waiting.append((_together(values), weight))
 
     def means(self) -> dict[str, float]:
         """Name to mean, in one transfer from the device; waits for it."""
         totals: dict[str, float] = {}
         weights: dict[str, float] = {}
-        for names, sums, weight in self._totals():
+        for names, (sums, weight) in self._summed().items():
             for name, value in zip(names, sums, strict=True):
                 totals[name] = totals.get(name, 0.0) + value
                 weights[name] = weights.get(name, 0.0) + weight
@@ -102,32 +101,36 @@ class Meter:
 
     def reset(self) -> None:
         self._sums.clear()
+        self._waiting.clear()
 
     def state(self) -> list[dict[str, object]]:
         """All sums for JSON, as hexadecimal floats: a meter that loads them goes on bit for bit, NaN included."""
         return [
             {"names": list(names), "sums": [value.hex() for value in sums], "weight": float(weight).hex()}
-            for names, sums, weight in self._totals()
+            for names, (sums, weight) in self._summed().items()
         ]
 
     def load(self, state: list[dict[str, object]]) -> None:
-        """Go on from what `state` gave; the sums move to the device of the values that are added next."""
+        """Go on from what `state` gave."""
+        self.reset()
         self._sums = {
-            tuple(part["names"]): (
-                torch.tensor([float.fromhex(value) for value in part["sums"]], dtype=torch.float64),
-                float.fromhex(part["weight"]),
-            )
+            tuple(part["names"]): ([float.fromhex(value) for value in part["sums"]], float.fromhex(part["weight"]))
             for part in state
         }
 
-    def _totals(self) -> list[tuple[tuple[str, ...], list[float], float]]:
-        """(names, sums, weight) of what came together, with one transfer per device."""
-        found: dict[tuple[str, ...], list[float]] = {}
-        for device in dict.fromkeys(sums.device for sums, _ in self._sums.values()):
-            here = {names: sums for names, (sums, _) in self._sums.items() if sums.device == device}
-            values = iter(torch.cat(list(here.values())).tolist())
-            found |= {names: [next(values) for _ in names] for names in here}
-        return [(names, found[names], weight) for names, (_, weight) in self._sums.items()]
+    def _summed(self) -> dict[tuple[str, ...], tuple[list[float], float]]:
+        """All sums, with one transfer per device; one after the other, so that it does not matter when this is done."""
+        waiting, self._waiting = self._waiting, []
+        tensors = [tensor for parts, _ in waiting for tensor in parts.values()]
+        numbers = {
+            device: iter(torch.cat([tensor for tensor in tensors if tensor.device == device]).tolist())
+            for device in dict.fromkeys(tensor.device for tensor in tensors)
+        }
+        for parts, weight in waiting:
+            for names, tensor in parts.items():
+                sums, weights = self._sums.get(names, ([0.0] * len(names), 0.0))
+                self._sums[names] = [each + next(numbers[tensor.device]) * weight for each in sums], weights + weight
+        return self._sums
 
 
 class Progress:
@@ -229,18 +232,13 @@ def _as_record(line: str) -> dict[str, object] | None:
     return from_plain(record) if isinstance(record, dict) and "step" in record else None
 
 
-def _device(value: Tensor | float) -> torch.device:
-    return value.device if isinstance(value, Tensor) else torch.device("cpu")
-
-
-def _stacked(values: Mapping[str, Tensor | float]) -> Tensor:
-    """[number of values], in float64 where the device has it (Apple's has not)."""
-    stacked = torch.stack([_scalar(value) for value in values.values()])
-    return stacked.float() if stacked.device.type == "mps" else stacked.double()
-
-
-def _scalar(value: Tensor | float) -> Tensor:
-    return value.detach().reshape(()) if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+def _together(values: Mapping[str, Tensor | float]) -> dict[tuple[str, ...], Tensor]:
+    """Names to their values [number of names], on each device those that are there; copies, without the graph."""
+    devices: dict[torch.device, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        scalar = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        devices.setdefault(scalar.device, {})[name] = scalar.reshape(())
+    return {tuple(here): torch.stack(list(here.values())) for here in devices.values()}
 
 
 def duration(seconds: float) -> str:

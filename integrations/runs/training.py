@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType, gather_object
 from safetensors.torch import save
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -173,20 +175,26 @@ class Training:
 
         The model is in training mode: setting it takes a millisecond, in which a GPU may wait.
         """
+        in_parts = self.accelerator.gradient_accumulation_steps > 1
         for part, batch in enumerate(batches):
             seed_all(derive_seed(self.seed, "step", step, part, self.accelerator.process_index))
             self._notice_skipped(batch)
-            with self.accelerator.accumulate(self.model):
+            with self.accelerator.accumulate(self.model) if in_parts else nullcontext():
                 terms = self.task.loss(self.model, batch, step)
                 self.accelerator.backward(terms["loss"])
-                self.meter.add({name: value.detach() for name, value in terms.items()})
-                if self.clip_norm is not None and self.accelerator.sync_gradients:
-                    self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                self.meter.add(terms)
+                if self.accelerator.sync_gradients:
+                    self._update_weights()
         self.schedule.step_update(step + 1)
         if self.average is not None:
             self.average.update(self.accelerator.unwrap_model(self.model), step=step + 1)
+
+    def _update_weights(self) -> None:
+        if self.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        optimizer = _without_wrapper(self.optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
 
     def _latest(self) -> tuple[Path | None, int]:
         """The checkpoint to go on from and its step, as the main process sees it; the log ends there from now on."""
@@ -377,3 +385,14 @@ class Training:
         averaged = self.average.module if self.average is not None else None
         self.checkpoints.save(self.accelerator, step, progress, averaged)
         self._since, self._samples = time.perf_counter(), 0
+
+
+def _without_wrapper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """What Accelerate wrapped, where the wrapper has nothing to do: it searches the disk for a package at every step.
+
+    It has for a gradient scaler, on TPUs, and in its subclasses, as for DeepSpeed.
+    """
+    if type(optimizer) is not AcceleratedOptimizer or optimizer.scaler is not None:
+        return optimizer
+    on_tpu = optimizer.accelerator_state.distributed_type == DistributedType.XLA
+    return optimizer if on_tpu else optimizer.optimizer
