@@ -281,7 +281,7 @@ def test_a_step_does_not_search_for_packages(
         raise AssertionError("Accelerate looks for a package on disk")
 
     run = training()
-    monkeypatch.setattr(accelerate.optimizer, "is_lomo_available", search)
+    monkeypatch.setattr(accelerate.optimizer, "is_lomo_available", search, raising=False)
     before = weights(run).clone()
     run.optimizer_step(0, iter([next(iter(run.load()))]))
     assert not torch.equal(weights(run), before)
