@@ -123,6 +123,17 @@ def test_it_does_not_matter_when_the_sums_are_made():
     assert often.state() == once.state(), "equal floats, not close ones"
 
 
+def test_a_meter_forgets_what_it_has_not_summed_yet():
+    meter, other = Meter(), Meter()
+    meter.add({"loss": 1.0})
+    meter.reset()
+    assert meter.means() == {}
+    meter.add({"loss": 1.0})
+    other.add({"loss": 3.0})
+    meter.load(other.state())
+    assert meter.means() == {"loss": 3.0}
+
+
 def random_steps(count):
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
