@@ -530,10 +530,11 @@ def test_a_mirrored_view_exchanges_left_and_right(task_of_figures, monkeypatch):
     assert seen.sum() > 50 and ((SIZE[1] // 4 - columns - exchanged)[seen].abs() <= 1).all()
 
 
-def test_gaussians_are_of_the_papers_width_relative_to_the_map(task_of_figures):
-    config = task_of_figures.load_data.keywords["config"]
-    maps = pose.target_of(torch.tensor([[[24.0, 32.0]]]), torch.ones(1, 1), config).values[0, 0]  # 2 pixels of 64
-    assert maps[8, 6] == 1 and maps[8, 7].item() == maps[9, 6].item() == pytest.approx(math.exp(-1 / (2 * 0.5**2)))
+@pytest.mark.parametrize("size, sigma", [((256, 192), 2.0), ((128, 96), 1.0), (SIZE, 1.0)])
+def test_gaussians_are_of_the_papers_width_relative_to_the_map(size, sigma):
+    config = pose.config_of("tokenpose_s_v1", size)
+    maps = pose.target_of(torch.tensor([[[24.0, 32.0]]]), torch.ones(1, 1), config).values[0, 0]
+    assert maps[8, 6] == 1 and maps[8, 7].item() == maps[9, 6].item() == pytest.approx(math.exp(-1 / (2 * sigma**2)))
 
 
 def test_people_cut_out_of_photographs_and_whole_ones_give_the_same_crops(figures, people):

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from benchmarks import pose_input
-from benchmarks.pose.opencv import OpenCvCrops, heatmaps, map_size
+from benchmarks.pose.opencv import SIGMA, OpenCvCrops, heatmaps, map_size
 from benchmarks.pose_input import BARE, OPENCV, VARIANTS, Feeds, parse_arguments
 from cyclekd.integrations.runs.loading import load_batches
 from cyclekd.integrations.runs.sampling import Draw, TrainingBatches
@@ -106,7 +106,8 @@ def test_so_it_does_with_opencv(people: People) -> None:
 def test_the_usual_pipeline_learns_the_targets_that_ours_learns(people: People, stand_in: None) -> None:
     theirs = OpenCvCrops(people, SIZE, ViewSettings(), targets=True)
     batch = batch_of(people)
-    found = heatmap_target(batch["keypoints"], batch["visible"], input_size=SIZE, heatmap_size=map_size(SIZE))
+    sizes = {"input_size": SIZE, "heatmap_size": map_size(SIZE)}
+    found = heatmap_target(batch["keypoints"], batch["visible"], sigma=SIGMA, **sizes)
     samples = [theirs[draw] for draw in DRAWS]
     maps, weights = (np.stack([sample[name] for sample in samples]) for name in ("target", "weight"))
     assert np.allclose(found.values, maps, atol=1e-5) and np.array_equal(found.weights, weights)
