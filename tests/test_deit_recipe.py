@@ -298,11 +298,11 @@ def test_less_than_one_cycle_is_refused() -> None:
 
 
 NOTHING_TOGETHER = {
-    "rho of one cycle": (["--cycles", "1", "--rho", "0.5"], "--rho: for the tokens of one cycle"),
-    "alpha of one cycle": (["--cycles", "1", "--alpha", "5e-6"], "--alpha: for the tokens of one cycle"),
+    "rho of one cycle": (["--cycles", "1", "--rho", "0.5"], "--rho: weighs the tokens of one cycle"),
+    "alpha of one cycle": (["--cycles", "1", "--alpha", "5e-6"], "--alpha: weighs the tokens of one cycle"),
     "factors of one cycle": (
         ["--cycles", "1", "--class-weight", "2", "--patch-weight", "0"],
-        "--class-weight, --patch-weight: for the tokens of one cycle .* --cycles is 1; leave that out",
+        "--class-weight, --patch-weight: weighs the tokens of one cycle .* --cycles is 1: leave it out",
     ),
     "two weights": (["--alpha", "5e-6", "--rho", "0.5"], "--alpha, --rho: both weigh the tokens"),
     "file of no teacher": (["--teacher-from", "x"], "--teacher-from: for an external teacher; name it with --teacher"),

@@ -38,7 +38,7 @@ def no_state_from_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Accelerate's state is global, and `accelerate launch` tells its wishes by environment variables."""
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     _forget()
     yield
     _forget()
@@ -258,11 +258,11 @@ def test_other_processes_do_not_repeat_a_problem(capsys: pytest.CaptureFixture[s
     assert not capsys.readouterr().err
 
 
-def test_of_bad_arguments_which_all_have_the_first_process_tells(
+def test_of_bad_arguments_which_all_have_the_first_process_of_a_machine_tells(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for rank, said in (("0", "error: no such thing\n"), ("3", "")):
-        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         assert report(RunError("no such thing")) == 2
         assert capsys.readouterr().err == said
 

@@ -50,9 +50,9 @@ def test_speeds_and_ratios_are_of_the_same_times(rows: list[dict[str, str]]) -> 
     ratio = {(row["variant"], row["data"], base): row[f"x {base}"] for row in rows for base in ("plain", "timm loop")}
     for data in ("resident", "JPEG"):
         expected = rate["plain", data] / rate["2 cycles", data]
-        assert float(ratio["2 cycles", data, "plain"].split()[0]) == pytest.approx(expected, rel=0.01)
+        assert float(ratio["2 cycles", data, "plain"].split()[0]) == pytest.approx(expected, rel=0.01, abs=1e-3)
         expected = rate["timm loop", data] / rate["plain", data]
-        assert float(ratio["plain", data, "timm loop"].split()[0]) == pytest.approx(expected, rel=0.01)
+        assert float(ratio["plain", data, "timm loop"].split()[0]) == pytest.approx(expected, rel=0.01, abs=1e-3)
         assert ratio["timm loop", data, "plain"] == ""
 
 

@@ -290,7 +290,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise RunError("--pretrained, --init-from: both name weights to start from; leave one out")
     if args.cycles == 1:
         weights = {"rho": RHO, "alpha": None, "class_weight": 1, "patch_weight": 1}
-        why = "for the tokens of one cycle against the next one's, and --cycles is 1; leave that out"
+        why = "weighs the tokens of one cycle against the next one's, and --cycles is 1: leave it out"
         refuse_given(args, weights, why)
     if args.alpha is not None and args.rho != RHO:
         raise RunError("--alpha, --rho: both weigh the tokens; leave one out")

@@ -72,11 +72,12 @@ def precision_of(accelerator: Accelerator) -> str:
 def report(error: Exception, accelerator: Accelerator | None = None) -> int:
     """The message on stderr; the exit code 2. What all processes raise is said by the main one alone.
 
-    So is what is wrong before there is an Accelerator: that is of the arguments, which are the same for all.
+    What is wrong before there is an Accelerator is wrong with the arguments, which are the same for all processes of a
+    machine: the first of each says it.
     """
     # one from a loader's worker carries its traceback
     message = str(error).rsplit(f"{type(error).__name__}: ", 1)[-1].strip()
-    is_main = os.environ.get("RANK", "0") == "0" if accelerator is None else accelerator.is_main_process
+    is_main = os.environ.get("LOCAL_RANK", "0") == "0" if accelerator is None else accelerator.is_main_process
     if is_main:
         print(f"error: {message}", file=sys.stderr, flush=True)
     elif accelerator is not None and not getattr(error, "shared", False):

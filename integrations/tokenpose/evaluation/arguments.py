@@ -105,11 +105,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise RunError("--annotations and --images go together: give both")
     if (args.data is None) == (args.annotations is None):
         raise RunError("which people? Give --data, or --annotations and --images")
-    check_people_arguments(args)
+    check_shared_arguments(args)
 
 
-def check_people_arguments(args: argparse.Namespace) -> None:
-    """Errors: RunError where those of boxes, or those of crops, say nothing together."""
+def check_shared_arguments(args: argparse.Namespace) -> None:
+    """Errors: RunError where cycles are not given by --cycles, and where boxes or crops say nothing together."""
+    if "cycles" in args.model_args:
+        raise RunError(f"--model-args cycles={args.model_args['cycles']}: write --cycles {args.model_args['cycles']}")
     if args.boxes is None:
         refuse_given(
             args, {"box_score": None}, "goes with --boxes, a detector's; those of the ground truth have no scores"

@@ -11,9 +11,9 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from cyclekd.integrations.runs.arguments import KeyValues, add_run_arguments, refuse_given, require_ranges
+from cyclekd.integrations.runs.arguments import KeyValues, add_run_arguments, option, refuse_given, require_ranges
 from cyclekd.integrations.runs.errors import RunError
-from cyclekd.integrations.tokenpose.evaluation.arguments import check_people_arguments
+from cyclekd.integrations.tokenpose.evaluation.arguments import check_shared_arguments
 from cyclekd.integrations.tokenpose.models.config import PRESETS, PoseConfig, TokenPoseConfig
 
 FIRST_LOOK: dict[str, Any] = {
@@ -89,7 +89,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         "images in train2017/ and val2017/; in CrowdPose's, crowdpose_trainval.json and ..._test.json beside images/.\n"
         "The annotations say what the key points are: names, flip pairs, sigmas for AP.\n"
         "Without --data figures are drawn into runs/synthetic-figures, and these settings take the place of the\n"
-        "defaults below: " + ", ".join(f"{_option(name)} {_shown(value)}" for name, value in FIRST_LOOK.items()) + ".\n"
+        "defaults below: " + ", ".join(f"{option(name)} {_shown(value)}" for name, value in FIRST_LOOK.items()) + ".\n"
         "Another --model, or one of --init-from, comes without this --model-args and --cycles."
     )
     add = parser.add_argument_group("the data", fill(text)).add_argument
@@ -251,10 +251,6 @@ def fill(text: str) -> str:
     return "\n".join(wrap(" ".join(text.split()), 108))
 
 
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return " ".join(f"{name}={_shown(each).replace(' ', ',')}" for name, each in value.items())
@@ -298,21 +294,19 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise RunError("--pretrained-backbone, --init-from: both name weights to begin with; leave one out")
     if args.alpha is not None and args.rho is not None:
         raise RunError("--alpha, --rho: both weigh the tokens; leave one out")
-    check_people_arguments(args)
-    if args.cache_pixels and (args.no_cache or args.exact_crops):
-        raise RunError("--cache-pixels: there is no cache with --no-cache or --exact-crops; leave one out")
-    if args.no_cache and args.cache_dir is not None:
-        raise RunError("--no-cache, --cache-dir: without a cache there is nothing to keep in a folder; leave one out")
+    check_shared_arguments(args)
+    if args.no_cache or args.exact_crops:
+        of_cache = {"cache_pixels": False, "cache_dir": None}
+        refuse_given(args, of_cache, "there is no cache with --no-cache or --exact-crops; leave these or those out")
 
 
 def check_token_weight(args: argparse.Namespace, config: PoseConfig) -> None:
     """Errors: RunError for a weight of tokens where the model, of this config, has one cycle alone.
 
-    `config` is that of the model before --cycles and --model-args.
+    `config` is that of the model before --cycles.
     """
-    cycles = args.model_args.get("cycles", config.cycles) if args.cycles is None else args.cycles
-    if cycles == 1:
-        way_out = "add --cycles 2, or leave it out" if isinstance(config, TokenPoseConfig) else "leave it out"
+    if (args.cycles or config.cycles) == 1:
+        way_out = "write --cycles 2, or leave it out" if isinstance(config, TokenPoseConfig) else "leave it out"
         why = f"weighs the tokens of one cycle against the next one's, and {config.name} has 1 here: {way_out}"
         refuse_given(args, {"alpha": None, "rho": None}, why)
 
