@@ -317,6 +317,7 @@ NOTHING_TOGETHER = {
     ),
     "counted images": (["--images-per-epoch", "10"], "--images-per-epoch: goes with --streaming"),
     "cutmix alone": (["--mixup", "0", "--mixup-switch", "0.3"], "--mixup-switch: chooses between"),
+    "mixup alone": (["--cutmix", "0", "--mixup-switch", "0.3"], "--mixup-switch: chooses between"),
     "head of nothing": (["--new-head"], "--new-head: goes with --init-from"),
 }
 

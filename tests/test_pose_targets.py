@@ -103,7 +103,7 @@ def test_a_gaussian_is_as_wide_relative_to_the_map_as_the_published_ones(height:
     size = height, height * 3 // 4
     points, sizes = torch.full((1, 1, 2), 20.0), {"input_size": (4 * height, 3 * height), "heatmap_size": size}
     values = heatmap_target(points, torch.ones(1, 1), **sizes).values
-    assert usual_sigma(size) == sigma
+    assert usual_sigma(size) == usual_sigma((height, height)) == sigma
     assert torch.equal(values, heatmap_target(points, torch.ones(1, 1), sigma=sigma, **sizes).values)
 
 

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from safetensors.torch import save
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
@@ -390,9 +390,7 @@ class Training:
 def _without_wrapper(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """What Accelerate wrapped, where the wrapper has nothing to do: it searches the disk for a package at every step.
 
-    It has for a gradient scaler, on TPUs, and in its subclasses, as for DeepSpeed.
+    It has for a gradient scaler, and in its subclasses, as for DeepSpeed.
     """
-    if type(optimizer) is not AcceleratedOptimizer or optimizer.scaler is not None:
-        return optimizer
-    on_tpu = optimizer.accelerator_state.distributed_type == DistributedType.XLA
-    return optimizer if on_tpu else optimizer.optimizer
+    has_nothing_to_do = type(optimizer) is AcceleratedOptimizer and optimizer.scaler is None
+    return optimizer.optimizer if has_nothing_to_do else optimizer

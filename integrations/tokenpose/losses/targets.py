@@ -61,9 +61,10 @@ def heatmap_target(
 
 
 def usual_sigma(heatmap_size: Size) -> float:
-    """2 pixels of a map of 64x48 and 3 of one of 96x72, as published; for other maps in proportion, at least 1 pixel.
+    """2 pixels of a map of 64x48 and 3 of one of 96x72, as published; else in proportion to the height, at least 1.
 
-    A smaller Gaussian falls between the pixels of a map.
+    In proportion the loss is as large on every map, so that a fixed weight of the token terms means the same; a smaller
+    Gaussian than 1 would fall between the pixels.
     """
     return max(1.0, heatmap_size[0] / 32)
 

@@ -203,7 +203,7 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="PIXELS",
         help="of the Gaussians in the heat maps, in pixels of these (default: 2 for maps of 64x48, as in the paper, "
-        "for others in proportion, at least 1)",
+        "for others in proportion to their height, at least 1)",
     )
     add("--clip-grad", type=float, metavar="X", help="largest norm of the gradient (default: none, as in the paper)")
 
