@@ -107,8 +107,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--cache-pixels",
         action="store_true",
-        help="keep them as pixels, not as JPEG files: three to four times as fast to read, in five to "
-        "seven times the space",
+        help="keep them as pixels, not as JPEG files: 3 to 4.5 times as fast to read, in five to seven times the space",
     )
     add("--no-cache", action="store_true", help="cut people out of the photographs again in every epoch")
     add(
