@@ -75,7 +75,8 @@ INTEGRATION_LAYERS = [
     {"tokenpose.evaluation.report"},
     {"tokenpose.evaluation.evaluate"},
     {"tokenpose.training.__init__", "tokenpose.training.arguments", "tokenpose.training.objective"},
-    {"tokenpose.training.task"},
+    {"tokenpose.training.data", "tokenpose.training.model", "tokenpose.training.task"},
+    {"tokenpose.training.report"},
     {"tokenpose.training.train"},
     {"tokenpose.__init__"},
 ]

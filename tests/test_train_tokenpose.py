@@ -43,16 +43,20 @@ from cyclekd.integrations.tokenpose.evaluation.predicting import evaluate_cycles
 from cyclekd.integrations.tokenpose.figures.draw import write_figures
 from cyclekd.integrations.tokenpose.losses.targets import usual_sigma
 from cyclekd.integrations.tokenpose.models.create import create_model
-from cyclekd.integrations.tokenpose.training import train as module
+from cyclekd.integrations.tokenpose.training import data as training_data
+from cyclekd.integrations.tokenpose.training import train as training_command
 from cyclekd.integrations.tokenpose.training.arguments import (
     FIRST_LOOK,
     check_arguments,
-    check_token_weight,
+    check_objective,
     parse_arguments,
     recipe_warnings,
 )
+from cyclekd.integrations.tokenpose.training.data import view_settings
+from cyclekd.integrations.tokenpose.training.model import build_model, named_config
 from cyclekd.integrations.tokenpose.training.objective import Supervised, make_criterion, weights_of_model
-from cyclekd.integrations.tokenpose.training.train import build_schedule, main, view_settings
+from cyclekd.integrations.tokenpose.training.task import PoseTraining
+from cyclekd.integrations.tokenpose.training.train import build_schedule, main
 from test_resume import all_equal, records, run
 
 Command = Callable[..., tuple[int, str, list[str]]]
@@ -112,7 +116,7 @@ def annotations_of(folder: Path, split: str) -> Path:
 def start(data: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
     """Runs the command on the figures: exit code, stdout, lines of stderr. Pictures, most of the time, are left out."""
     monkeypatch.setattr(curves, "draw_curves", lambda *_: None)
-    monkeypatch.setattr(module, "draw_predictions", lambda *_: None)
+    monkeypatch.setattr(training_command, "draw_predictions", lambda *_: None)
 
     def command(*more: str, data: Path = data, cache: Path | None = tmp_path / "cache") -> tuple[int, str, list[str]]:
         code = start_run(data, tmp_path / "run", *more, cache=cache)
@@ -236,9 +240,9 @@ def test_the_cache_of_people_is_beside_the_annotations_and_used_again(
     assert cache.stat().st_mtime_ns == made.st_mtime_ns
     people = read_people(annotations_of(own, "train"), own / "train2017", for_training=True)
     cache.parent.chmod(0o555)
-    assert module.default_cache(people) == Path("runs/cache"), "data that are not to be written to"
+    assert training_data.default_cache(people) == Path("runs/cache"), "data that are not to be written to"
     cache.parent.chmod(0o755)
-    assert module.default_cache(people) == cache.parent
+    assert training_data.default_cache(people) == cache.parent
     (tmp_path / "file").write_text("")
     code, _, errors = start("--epochs", "1", "--resume", data=own, cache=tmp_path / "file")
     assert code == 2 and "--cache-dir" in errors[-1] and "--no-cache" in errors[-1]
@@ -249,7 +253,7 @@ def test_compiling_is_of_the_pose_model_in_its_place(data: Path, tmp_path: Path,
     compiled = []
     monkeypatch.setattr(TokenPose, "compile", lambda model: compiled.append(model))
     stopped = RuntimeError("it is set up")
-    monkeypatch.setattr(module.PoseTraining, "run", lambda training: (_ for _ in ()).throw(stopped))
+    monkeypatch.setattr(PoseTraining, "run", lambda training: (_ for _ in ()).throw(stopped))
     for more in ([], ["--compile"]):
         with pytest.raises(RuntimeError, match="it is set up"):
             start_run(data, tmp_path / f"run{len(more)}", "--no-cache", *more)
@@ -306,7 +310,7 @@ def test_a_model_with_other_key_points_starts_from_an_earlier_one(start: Command
     assert code == 0 and f"the weights of {earlier}, and at random with 1: keypoint_tokens" in printed
     args = parse_arguments("", arguments(other, tmp_path / "run", *options, "--new-head"))
     args.model = None
-    model, before = module.build_model(args, 13), load_file(tmp_path / "first/model/model.safetensors")
+    model, before = build_model(args, 13), load_file(tmp_path / "first/model/model.safetensors")
     assert model.config.num_keypoints == 13 and model.training
     same = [name for name, value in model.state_dict().items() if torch.equal(value, before[name])]
     assert set(before) - set(same) == {"keypoint_tokens"}
@@ -364,6 +368,7 @@ def test_crowdposes_folder_has_its_own_figures_and_views(start: Command, data: P
     *_, last = records(tmp_path / "run")
     assert {"AP_1", "AP_2", "AR_1"} < set(last) and any("hard" in name.lower() for name in last)
     config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["sigma"] is None and config["target_sigma"] == 1.0
     assert (config["views"]["scale"], config["views"]["rotation"], config["views"]["half_body_keypoints"]) == (
         0.5,
         40,
@@ -383,7 +388,7 @@ def test_without_data_synthetic_figures_are_drawn_and_called_so(
     start: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "FIGURES", {"train": 4, "val": 2, "size": (96, 128)})
+    monkeypatch.setattr(training_data, "FIGURES", {"train": 4, "val": 2, "size": (96, 128)})
     forget()
     small = "--batch-size 2 --epochs 1 --workers 0 --cpu --model-args input_size=64,48 depth=2 dim=32 stage1_width=8"
     assert main("what it is", small.split()) == 0
@@ -507,6 +512,10 @@ def test_the_help_names_every_setting_of_the_first_look(capsys: pytest.CaptureFi
         (["--lr-drop-epochs", "5", "3"], "--lr-drop-epochs 5 3: these are epochs from 1 on, in order"),
         (["--train-annotations", "a.json"], "--train-annotations and --train-images go together"),
         (["--train-annotations", "a.json", "--train-images", "b"], "a.json cannot be read"),
+        (
+            [*("--train-annotations", "a", "--train-images", "b"), *("--val-annotations", "a", "--val-images", "b")],
+            "the annotations and images of both splits are given too; leave it out",
+        ),
         (["--batch-size", "500"], "give a smaller --batch-size"),
         (["--init-from", "nowhere"], "no folder nowhere"),
         (["--boxes", "nowhere.json"], "nowhere.json cannot be read"),
@@ -531,6 +540,11 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
         (["--model", "rle_r50", "--alpha", "1e-5"], "--alpha: .* rle_r50 has 1 here: leave it out"),
         (["--model-args", "cycles=1"], "--model-args cycles=1: write --cycles 1"),
         (["--init-from", "one-cycle", "--alpha", "1e-5"], "--alpha: .* tokenpose_s_v1 has 1 here"),
+        (["--model", "sdpose_reg", "--sigma", "2"], "--sigma: .* the rle head of sdpose_reg predicts coordinates"),
+        (
+            ["--model", "tokenreg_s", "--model-args", "head=rle", "--sigma", "2"],
+            "--sigma: .* the rle head of tokenreg_s",
+        ),
         (["--box-score", "0.5"], "--box-score: goes with --boxes"),
         (["--new-head"], "--new-head: goes with --init-from"),
         (["--no-cache"], "--cache-dir: there is no cache with --no-cache"),
@@ -558,6 +572,7 @@ def test_arguments_that_say_nothing_together_are_refused_before_data_are_looked_
         ["--alpha", "1e-5"],
         ["--model", "tokenpose_s_v1", "--cycles", "2", "--rho", "0.3"],
         ["--model", "tokenpose_s_v1", "--cycles", "3", "--alpha", "1e-5"],
+        ["--sigma", "2"],
         ["--no-cache", "--exact-crops"],
         ["--cache-dir", "cache", "--cache-pixels"],
     ],
@@ -565,7 +580,7 @@ def test_arguments_that_say_nothing_together_are_refused_before_data_are_looked_
 def test_arguments_that_say_something_together_are_taken(more: list[str]) -> None:
     args = parse_arguments("", ["--data", "coco", *more])
     check_arguments(args)
-    check_token_weight(args, module.named_config(args))
+    check_objective(args, named_config(args))
 
 
 def every(name: str, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -26,6 +26,7 @@ from cyclekd.integrations.deit.task import Classification
 from cyclekd.integrations.runs.training import Training
 from cyclekd.integrations.tokenpose.errors import PoseError
 from cyclekd.integrations.tokenpose.evaluation import evaluate
+from cyclekd.integrations.tokenpose.training import data as pose_data
 from cyclekd.integrations.tokenpose.training import train as tokenpose
 
 COMMANDS = {"deit": deit.main, "tokenpose": tokenpose.main, "evaluate": evaluate.main}
@@ -126,14 +127,14 @@ def full_disk(after_step: int, largest_file: int) -> None:
 
 def reading(problem: str) -> None:
     """Process 1 alone cannot read the annotations of people."""
-    original = tokenpose.read_people
+    original = pose_data.read_people
 
     def read_people(*args, **kwargs):
         if os.environ["RANK"] == "1":
             raise PoseError(problem)
         return original(*args, **kwargs)
 
-    tokenpose.read_people = read_people
+    pose_data.read_people = read_people
 
 
 PLACES = {

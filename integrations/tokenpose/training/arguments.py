@@ -283,6 +283,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         if (given[0] is None) != (given[1] is None):
             raise RunError(f"--{split}-annotations and --{split}-images go together: give both")
     missing = [split for split in ("train", "val") if getattr(args, f"{split}_annotations") is None]
+    if args.data is not None and not missing:
+        raise RunError(f"--data {args.data}: the annotations and images of both splits are given too; leave it out")
     if args.data is None and len(missing) == 1:
         raise RunError(
             f"--{missing[0]}-annotations, --{missing[0]}-images: give them too, or --data, which has both splits"
@@ -299,15 +301,20 @@ def check_arguments(args: argparse.Namespace) -> None:
         refuse_given(args, of_cache, "there is no cache with --no-cache or --exact-crops; leave these or those out")
 
 
-def check_token_weight(args: argparse.Namespace, config: PoseConfig) -> None:
-    """Errors: RunError for a weight of tokens where the model, of this config, has one cycle alone.
+def check_objective(args: argparse.Namespace, config: PoseConfig) -> None:
+    """Errors: RunError for a weight of tokens where the model has one cycle, and for --sigma where it has no heat maps.
 
-    `config` is that of the model before --cycles.
+    `config` is that of the model before --cycles and --model-args.
     """
     if (args.cycles or config.cycles) == 1:
         way_out = "write --cycles 2, or leave it out" if isinstance(config, TokenPoseConfig) else "leave it out"
         why = f"weighs the tokens of one cycle against the next one's, and {config.name} has 1 here: {way_out}"
         refuse_given(args, {"alpha": None, "rho": None}, why)
+    if (head := args.model_args.get("head", config.head)) != "heatmap":
+        why = (
+            f"is of the Gaussians in heat maps, and the {head} head of {config.name} predicts coordinates; leave it out"
+        )
+        refuse_given(args, {"sigma": None}, why)
 
 
 def recipe_warnings(args: argparse.Namespace, name: str, global_batch: int, steps: int) -> list[str]:

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from cyclekd.integrations.runs.loading import Batch
 from cyclekd.integrations.runs.processes import on_main_process
+from cyclekd.integrations.runs.training import Training
 from cyclekd.integrations.tokenpose.data.crops import EvaluationCrops, cut_views
 from cyclekd.integrations.tokenpose.data.warp import normalize
 from cyclekd.integrations.tokenpose.evaluation.precision import Predictions
 from cyclekd.integrations.tokenpose.evaluation.predicting import evaluate_cycles, predict_cycles
-from cyclekd.integrations.tokenpose.losses.targets import Target, coordinate_target, heatmap_target
+from cyclekd.integrations.tokenpose.losses.targets import Target, coordinate_target, heatmap_target, usual_sigma
 from cyclekd.integrations.tokenpose.models.config import PoseConfig
+from cyclekd.integrations.tokenpose.training.objective import weights_of_model
 
 
 class PoseEstimation:
@@ -41,7 +43,8 @@ class PoseEstimation:
         self.accelerator, self.config = accelerator, config
         self.validation = validation
         self.batch, self.workers, self.cycles = batch, workers, cycles
-        self.sigma, self.flip_test, self.method = sigma, flip_test, method
+        self.sigma = usual_sigma(config.feature_size) if sigma is None and config.head == "heatmap" else sigma
+        self.flip_test, self.method = flip_test, method
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Mapping[str, Tensor]:
         """Every term of the objective by name, see `cyclekd.LossParts.logs`; `loss` carries the gradient."""
@@ -83,3 +86,10 @@ class PoseEstimation:
         for cycle, evaluation in enumerate(evaluations, start=1):
             named |= {f"{name}_{cycle}": value for name, value in evaluation.figures.items()}
         return named | {"people": len(predictions[0].rows)}
+
+
+class PoseTraining(Training):
+    """Of a `Supervised`, whose model alone is deployed."""
+
+    def deployable_weights(self) -> dict[str, Tensor]:
+        return weights_of_model(super().deployable_weights())
