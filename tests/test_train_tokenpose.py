@@ -177,11 +177,13 @@ def test_the_truth_is_drawn_at_the_left_and_the_prediction_at_the_right(
     people = read_people(annotations_of(data, "val"), data / "val2017", for_training=False)
     if not labelled:
         people = replace(people, keypoints=torch.zeros_like(people.keypoints))
-    samples, drawn = EvaluationCrops(people, (64, 48)), []
+    samples, drawn, titles = EvaluationCrops(people, (64, 48)), [], []
+    monkeypatch.setattr(pictures.Figure, "suptitle", lambda figure, title, **_: titles.append(title))
     monkeypatch.setattr(pictures, "draw_poses", lambda image, *poses, **_: drawn.append(poses) or image)
     model = create_model("tokenpose_t_6", input_size=(64, 48), depth=2, dim=32, heads=4, stage1_width=8)
     monkeypatch.setattr(model, "forward", lambda images: torch.eye(1, 192).reshape(1, 1, 16, 12).repeat(12, 17, 1, 1))
     pictures.draw_predictions(tmp_path / "picture.png", model, samples, "name")
+    assert titles == ["name: annotated (left) and predicted in one pass (right), ground truth boxes"]
     assert len(drawn) == 24 and not np.array_equal(drawn[0][0], drawn[2][0])
     rows = [samples[round(row)] for row in np.linspace(0, VALIDATED - 1, 12).astype(int).tolist()]
     for sample, (points, shown, _), (predicted, all_shown, _) in zip(rows, drawn[::2], drawn[1::2], strict=True):
